@@ -1,0 +1,56 @@
+PYTHON ?= python3
+# What MLX computes on: cpu (on macOS that means Metal too) or cuda.
+BACKEND ?= cpu
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format constraints doctor clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.run ## Make .venv with all that the stages need
+
+demo: setup ## Fetch the default base model, run the whole pipeline, show the result
+	@dvc repro
+	@python -m stages show
+
+test: $(VENV)/.dev lint ## Lint, check types, run the tests
+	@python -m pytest
+
+lint: $(VENV)/.dev ## Lint and check types
+	@ruff format --check .
+	@ruff check .
+	@mypy
+
+format: $(VENV)/.dev ## Format the code and mend what lint can mend
+	@ruff format .
+	@ruff check --fix .
+
+constraints: $(VENV)/.dev ## Choose the newest versions anew (then run the tests, and commit both)
+	@python -m pip install --quiet uv
+	@{ echo '# The exact versions that a result is reproducible with. Made by `make constraints`.'; \
+	   uv pip compile --quiet --universal --no-annotate --no-header --no-emit-index-url --upgrade \
+	     --extra cpu --extra dev pyproject.toml | sed -e '/jsfetch/d' -e '/win32/d' -e "s/ ; sys_platform != 'emscripten'//"; } > constraints.txt.new
+	@mv constraints.txt.new constraints.txt
+
+doctor: setup ## Show what this machine has
+	@python -m stages doctor
+
+clean: ## Remove .venv and everything that the pipeline made here (the store of base models stays)
+	rm -rf $(VENV) .dvc/cache .dvc/tmp data/prepared data/tokens .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf artifacts/adapter artifacts/base.json artifacts/evaluate artifacts/merged artifacts/samples artifacts/timing
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[$(BACKEND)]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[$(BACKEND),dev]'
+	@touch $@ $(VENV)/.run

@@ -1,0 +1,29 @@
+"""Every command under one roof: `python -m stages COMMAND`."""
+
+import typer
+
+from stages import console
+from stages.doctor import doctor
+from stages.evaluate import evaluate
+from stages.fetch import fetch
+from stages.generate import generate
+from stages.merge import merge
+from stages.prepare import prepare
+from stages.show import show
+from stages.tokenize import tokenize
+from stages.train import train
+
+app = typer.Typer(
+    name="python -m stages",
+    help="A LoRA fine-tune as a build. `dvc repro` runs the stages; each is a command too.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+for stage in (fetch, prepare, tokenize, train, evaluate, merge, generate):
+    app.command(rich_help_panel="Stages, in the DAG's order")(stage)
+for tool in (show, doctor):
+    app.command(rich_help_panel="Around them")(tool)
+
+if __name__ == "__main__":
+    console.run(app)

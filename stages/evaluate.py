@@ -1,0 +1,96 @@
+"""Score the base model and the adapter on the same held-out tokens.
+
+data/tokens + artifacts/base.json + artifacts/adapter → artifacts/metrics/evaluate.json, artifacts/evaluate:
+`python -m stages.evaluate data/tokens --out artifacts/evaluate`
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stages import base, console, files, params
+
+if TYPE_CHECKING:
+    from stages.lora.score import Score
+    from stages.text.tokens import TokenRow
+
+
+def evaluate(
+    tokens: Annotated[Path, typer.Argument(help="The folder that tokenize wrote.")] = Path("data/tokens"),
+    base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
+    adapter_dir: Annotated[Path, typer.Option("--adapter", help="The adapter's folder.")] = Path("artifacts/adapter"),
+    out: Annotated[Path, typer.Option(help="The folder to write scores of each row to.")] = Path("artifacts/evaluate"),
+    metrics: Annotated[Path, typer.Option(help="The metrics to write.")] = Path("artifacts/metrics/evaluate.json"),
+    params_file: console.ParamsFile = console.DEFAULT_PARAMS,
+    overrides: console.Overrides = None,
+) -> None:
+    """Loss, perplexity, bits per byte and token accuracy of base and adapter on every row of the test split."""
+    from stages.lora import adapter
+    from stages.lora.model import load_base
+    from stages.text.parquet import read_tokens
+
+    settings = params.load(params_file, overrides or ())
+    manifest = base.read(base_file)
+    rows = read_tokens(tokens / "test.parquet", tokenizer=manifest.tokenizer_identity)
+    if not rows:
+        raise ValueError(f"{tokens / 'test.parquet'}: no rows to evaluate on; raise prepare.test_fraction")
+    with console.progress("loading the base model"):
+        model, _ = load_base(
+            base.locate(manifest), dtype=settings.model.dtype, trust_remote_code=settings.model.trust_remote_code
+        )
+    scores = {"base": _score(model, rows, settings.evaluate.batch_size, "base")}
+    adapter.load(model, adapter_dir)
+    scores["adapter"] = _score(model, rows, settings.evaluate.batch_size, "adapter")
+
+    totals = {name: sum(parts[1:], parts[0]) for name, parts in scores.items()}
+    summary: dict[str, Any] = {
+        "rows": len(rows),
+        "tokens": totals["base"].tokens,
+        **{name: _figures(total) for name, total in totals.items()},
+        "rows_improved": sum(a.loss < b.loss for a, b in zip(scores["adapter"], scores["base"], strict=True)),
+    }
+    with files.replacing(out) as draft:
+        draft.mkdir()
+        _write_rows(draft / "rows.parquet", rows, scores)
+    files.write_json(metrics, summary)
+    console.table(
+        f"Test split: {summary['rows']:,} rows, {summary['tokens']:,} scored tokens → {metrics}",
+        ("", "base", "adapter"),
+        ((name.replace("_", " "), summary["base"][name], summary["adapter"][name]) for name in summary["base"]),
+    )
+
+
+def _score(model: Any, rows: list[TokenRow], batch_size: int, name: str) -> list[Score]:
+    """Each row's score, in the order of the rows."""
+    from stages.lora.score import score_rows
+
+    with console.progress(f"scoring {name}", total=len(rows)) as advance:
+        scored = {}
+        for index, score in score_rows(model, rows, batch_size=batch_size):
+            scored[index] = score
+            advance(1)
+    return [scored[index] for index in range(len(rows))]
+
+
+def _figures(total: Score) -> dict[str, float]:
+    names = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
+    return {name: round(getattr(total, name), 4) for name in names}
+
+
+def _write_rows(path: Path, rows: list[TokenRow], scores: dict[str, list[Score]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, Any] = {"id": [row.id for row in rows], "source": [row.source for row in rows]}
+    columns["tokens"] = [score.tokens for score in scores["base"]]
+    for name, parts in scores.items():
+        columns[f"{name}_loss"] = [score.loss for score in parts]
+        columns[f"{name}_correct"] = [score.correct for score in parts]
+    pq.write_table(pa.table(columns), path, compression="zstd")
+
+
+if __name__ == "__main__":
+    console.main(evaluate)

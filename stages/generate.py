@@ -1,0 +1,120 @@
+"""Let the base model and the merged model answer the same prompts.
+
+artifacts/merged + artifacts/base.json + data/prompts.jsonl → artifacts/samples/samples.{jsonl,md}:
+`python -m stages.generate artifacts/merged --out artifacts/samples`, or talk: `python -m stages generate --prompt "…"`
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages import base, console, files, params
+from stages.text.rows import read_jsonl
+from stages.text.template import Template
+
+
+def generate(
+    merged: Annotated[Path, typer.Argument(help="The model directory that merge wrote.")] = Path("artifacts/merged"),
+    base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
+    prompts: Annotated[
+        Path, typer.Option(help="Rows with the columns of the template before the answer, or a `prompt`.")
+    ] = Path("data/prompts.jsonl"),
+    out: Annotated[Path, typer.Option(help="The folder to write samples to.")] = Path("artifacts/samples"),
+    prompt: Annotated[
+        str | None, typer.Option(help="Answer just this, to the terminal, by the merged model.", show_default=False)
+    ] = None,
+    params_file: console.ParamsFile = console.DEFAULT_PARAMS,
+    overrides: console.Overrides = None,
+) -> None:
+    """Answer every prompt with both models in batches and write the answers side by side, as JSONL and Markdown.
+
+    With --prompt, nothing is written: the merged model's answer streams to the terminal.
+    """
+    settings = params.load(params_file, overrides or ())
+    template = Template(settings.prepare.template)
+    if prompt is not None:
+        _stream(_require(merged), _single(template, prompt), settings)
+        return
+    asked = [_ask(template, row.fields, row.place) for row in read_jsonl(prompts)]
+    models = {"base": base.locate(base.read(base_file)), "merged": _require(merged)}
+    answers = {name: _answers(directory, name, asked, settings) for name, directory in models.items()}
+    samples = [{"prompt": text, **{name: given[i] for name, given in answers.items()}} for i, text in enumerate(asked)]
+    with files.replacing(out) as draft:
+        draft.mkdir()
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+        (draft / "samples.jsonl").write_bytes("".join(lines).encode())
+        (draft / "samples.md").write_bytes(_markdown(samples).encode())
+    console.say(f"{len(samples)} prompts answered by base and merged model → {out}")
+
+
+def _answers(directory: Path, name: str, asked: list[str], settings: params.Params) -> list[str]:
+    """One model's answers, in the order of the prompts."""
+    from stages.lora.model import load_base
+    from stages.lora.sample import answer_all, load_decoder
+
+    trust = settings.model.trust_remote_code
+    model, config = load_base(directory, dtype=settings.model.dtype, trust_remote_code=trust)
+    tokenizer = load_decoder(directory, config, trust_remote_code=trust)
+    answers: dict[int, str] = {}
+    with console.progress(f"answers of {name}", total=len(asked)) as advance:
+        for index, text in answer_all(model, tokenizer, asked, seed=settings.seed, **settings.generate.model_dump()):
+            answers[index] = text.strip()
+            advance(1)
+    return [answers[index] for index in range(len(asked))]
+
+
+def _stream(directory: Path, text: str, settings: params.Params) -> None:
+    from stages.lora.model import load_base
+    from stages.lora.sample import answer_stream, load_decoder
+
+    trust = settings.model.trust_remote_code
+    model, config = load_base(directory, dtype=settings.model.dtype, trust_remote_code=trust)
+    tokenizer = load_decoder(directory, config, trust_remote_code=trust)
+    options = settings.generate.model_dump(exclude={"batch_size"})
+    for piece in answer_stream(model, tokenizer, text, seed=settings.seed, **options):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+def _ask(template: Template, fields: dict[str, object], place: str) -> str:
+    """A row of the prompts file as the text that the model is to continue."""
+    try:
+        return Template("{prompt}").completion(fields) if "prompt" in fields else template.prompt(fields)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}; mend the row or prepare.template") from None
+
+
+def _single(template: Template, text: str) -> str:
+    """The user's words in the template's one column before the answer, or as they are where it has several or none."""
+    columns = template.columns[:-1]
+    return template.prompt({columns[0]: text}) if len(set(columns)) == 1 else text
+
+
+def _require(merged: Path) -> Path:
+    if not (merged / "config.json").exists():
+        raise ValueError(f"{merged}: no merged model; make it with: python -m stages.merge")
+    return merged
+
+
+def _markdown(samples: list[dict[str, str]]) -> str:
+    parts = ["# Samples\n"]
+    for number, sample in enumerate(samples, start=1):
+        parts.append(f"\n## {number}\n")
+        parts += [f"\n**{name}**\n\n{_fenced(text)}\n" for name, text in sample.items()]
+    return "".join(parts)
+
+
+def _fenced(text: str) -> str:
+    # A fence longer than any run of backticks in the text.
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text.rstrip()}\n{fence}"
+
+
+if __name__ == "__main__":
+    console.main(generate)

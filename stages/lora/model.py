@@ -1,0 +1,64 @@
+"""A base model's folder → an MLX model in the float type that suits the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import dequantize_model, load_model
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU here."""
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def load_base(
+    directory: Path,
+    *,
+    dtype: str = "auto",
+    dequantize: bool | None = None,
+    keep_dtype: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The frozen model in evaluation mode, and its config.
+
+    `dtype` "auto" is float32 on a CPU, where halves are slow, and the model's own elsewhere or with `keep_dtype`.
+    `dequantize` None means on a CPU, where quantised matrix products are slow, and not elsewhere.
+
+    Raises:
+        ValueError: mlx-lm does not know the architecture, or weights and config do not fit.
+    """
+    model, config = load_model(directory, lazy=True, trust_remote_code=trust_remote_code)
+    target = DTYPES.get(dtype)
+    if target is None:
+        target = mx.float32 if on_cpu() and not keep_dtype else floating_dtype(model)
+    if on_cpu() if dequantize is None else dequantize:
+        model = dequantized(model)
+        config.pop("quantization", None)
+        config.pop("quantization_config", None)
+    model.set_dtype(target)
+    mx.eval(model.parameters())
+    model.freeze()
+    model.eval()
+    return model, config
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """The model with plain weights in float32, for dequantising rounds to the type of the scales."""
+    model.set_dtype(mx.float32)
+    return dequantize_model(model)
+
+
+def floating_dtype(model: nn.Module) -> mx.Dtype:
+    """The type of most of the model's floating-point weights."""
+    sizes: dict[mx.Dtype, int] = {}
+    for _, array in tree_flatten(model.parameters()):
+        if mx.issubdtype(array.dtype, mx.floating):
+            sizes[array.dtype] = sizes.get(array.dtype, 0) + array.size
+    return max(sizes, key=lambda kind: sizes[kind])

@@ -1,0 +1,83 @@
+"""How well a model predicts rows: loss, perplexity, bits per byte, token accuracy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from stages.lora.batches import Batch, collate, sorted_batches
+from stages.lora.loss import narrow_head, trained_logits
+from stages.text.tokens import TokenRow
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over the trained tokens of one row or of many."""
+
+    loss_sum: float  # nats
+    correct: int  # tokens that were the likeliest
+    tokens: int
+    trained_bytes: int
+
+    def __add__(self, other: Score) -> Score:
+        return Score(
+            self.loss_sum + other.loss_sum,
+            self.correct + other.correct,
+            self.tokens + other.tokens,
+            self.trained_bytes + other.trained_bytes,
+        )
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.loss_sum / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable across tokenizers: the text's bits under the model, over its bytes in UTF-8."""
+        return self.loss_sum / math.log(2) / self.trained_bytes
+
+    @property
+    def token_accuracy(self) -> float:
+        return self.correct / self.tokens
+
+
+def score_batch(model: nn.Module, batch: Batch) -> Score:
+    """The sums of a whole batch, without its bytes."""
+    losses_N, correct_N = _score_tokens(model, batch)
+    return Score(float(losses_N.sum()), int(correct_N.sum()), batch.trained_tokens, 0)
+
+
+def score_rows(model: nn.Module, rows: Sequence[TokenRow], *, batch_size: int) -> Iterator[tuple[int, Score]]:
+    """The sums of each row, as (index, score), in no particular order; the model is left in evaluation mode."""
+    narrow_head(model)
+    model.eval()
+    for indices in sorted_batches([len(row.input_ids) for row in rows], batch_size=batch_size):
+        batch = collate([rows[i] for i in indices])
+        losses_N, correct_N = _score_tokens(model, batch)
+        for position, index in enumerate(indices):
+            mine = batch.rows_N == position
+            yield (
+                int(index),
+                Score(
+                    float(losses_N[mine].sum()), int(correct_N[mine].sum()), int(mine.sum()), rows[index].trained_bytes
+                ),
+            )
+
+
+def _score_tokens(model: nn.Module, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    logits_NxV = trained_logits(model, batch)
+    losses_N = nn.losses.cross_entropy(logits_NxV, batch.targets_N)
+    correct_N = mx.argmax(logits_NxV, axis=-1) == batch.targets_N
+    mx.eval(losses_N, correct_N)
+    # Summed in double precision, in which the order of many terms does not show.
+    return np.array(losses_N).astype(np.float64), np.array(correct_N)

@@ -1,0 +1,105 @@
+"""Fold the adapter into the base model, and prove that the result says what the adapter said.
+
+artifacts/base.json + artifacts/adapter → artifacts/merged, a model directory that any MLX or Hugging Face loader opens:
+`python -m stages.merge artifacts/adapter --out artifacts/merged`
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stages import base, console, files, params
+
+if TYPE_CHECKING:
+    from stages.lora.merge import Agreement
+
+
+def merge(
+    adapter_dir: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder.")] = Path(
+        "artifacts/adapter"
+    ),
+    base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
+    tokens: Annotated[Path, typer.Option(help="Token rows to check the merged model on.")] = Path("data/tokens"),
+    out: Annotated[Path, typer.Option(help="The model directory to write.")] = Path("artifacts/merged"),
+    metrics: Annotated[Path, typer.Option(help="The metrics to write.")] = Path("artifacts/metrics/merge.json"),
+    params_file: console.ParamsFile = console.DEFAULT_PARAMS,
+    overrides: console.Overrides = None,
+) -> None:
+    """Write base + adapter as one model; read it back and compare its predictions with the adapter's, or fail."""
+    from stages.lora import adapter, model
+    from stages.lora import merge as core
+    from stages.text.parquet import read_tokens
+
+    settings = params.load(params_file, overrides or ())
+    options = settings.merge
+    manifest = base.read(base_file)
+    directory = base.locate(manifest)
+    trust = settings.model.trust_remote_code
+    rows = read_tokens(tokens / "valid.parquet", tokenizer=manifest.tokenizer_identity)
+    rows = rows or read_tokens(tokens / "train.parquet", tokenizer=manifest.tokenizer_identity)
+    rows = rows[: options.check_rows]
+
+    with console.progress("reading the adapter's predictions"):
+        adapted, _ = model.load_base(directory, dtype=settings.model.dtype, trust_remote_code=trust)
+        adapter.load(adapted, adapter_dir)
+        said = core.log_probabilities(adapted, rows)
+        del adapted
+    with files.replacing(out) as draft:
+        with console.progress("merging"):
+            fused, config = model.load_base(
+                directory, dtype=options.dtype, dequantize=options.dequantize, keep_dtype=True, trust_remote_code=trust
+            )
+            adapter.load(fused, adapter_dir)
+            dtype = model.floating_dtype(fused)
+            core.fuse(fused, dtype=dtype, requantize=not options.dequantize)
+            config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
+            _write_model(draft, fused, config, directory, manifest)
+            del fused
+        with console.progress("reading the merged model's predictions"):
+            merged, _ = model.load_base(draft, dtype=settings.model.dtype, trust_remote_code=trust)
+            agreement = core.agreement(said, core.log_probabilities(merged, rows))
+        _refuse_loss(agreement, options)
+    summary = {
+        "rows": len(rows),
+        "mean_divergence": round(agreement.mean_divergence, 6),
+        "max_divergence": round(agreement.max_divergence, 5),
+        "same_choice": round(agreement.same_choice, 4),
+    }
+    files.write_json(metrics, summary)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    console.table(
+        f"Merged model, {size / 1e6:,.0f} MB → {out}",
+        ("merged against adapter", "value"),
+        ((name.replace("_", " "), f"{value:g}") for name, value in summary.items()),
+    )
+
+
+def _refuse_loss(agreement: Agreement, options: params.Merge) -> None:
+    if not agreement.mean_divergence <= options.max_divergence:
+        mend = "merge in a wider type (merge.dtype)"
+        if not options.dequantize:
+            mend = "quantisation rounds the adapter away: set merge.dequantize to true"
+        raise ValueError(
+            "the merged model is not what the adapter was: mean divergence "
+            f"{agreement.mean_divergence:.3g} nats a token, merge.max_divergence is {options.max_divergence:g}; {mend}"
+        )
+
+
+def _write_model(draft: Path, model: Any, config: dict[str, Any], directory: Path, manifest: base.Base) -> None:
+    """Weights, config and, from the base, everything that is neither."""
+    from mlx_lm.utils import save_model
+
+    save_model(draft, model)
+    for name in manifest.files:
+        if not name.endswith((".safetensors", ".safetensors.index.json")) and name != "config.json":
+            shutil.copyfile(directory / name, draft / name)
+    (draft / "config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    console.main(merge)

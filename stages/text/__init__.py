@@ -1,0 +1,1 @@
+"""Rows, templates, splits, tokens and masks, Parquet: everything before the model. Never imports MLX."""

@@ -78,8 +78,8 @@ def train_steps(
         batch = collate(rows)
         model.train()
         loss, gradients = value_and_grad(model, batch)
-        rate = optimizer.learning_rate.item()
         optimizer.update(model, gradients)
+        rate = optimizer.learning_rate.item()  # of this update: the schedule is read at its start
         mx.eval(loss, model.trainable_parameters(), optimizer.state)
         if not math.isfinite(loss.item()):
             ids = ", ".join(row.id for row in rows)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +132,70 @@ def test_dvc_shows_dag_metrics_and_parameters(repository: Path) -> None:
 def test_the_adapter_is_a_declared_artifact(repository: Path) -> None:
     artifact: Any = DAG["artifacts"]["adapter"]
     assert (repository / artifact["path"] / "adapters.safetensors").exists()
+
+
+def checkpoint(folder: Path, process: subprocess.Popen[bytes]) -> Path:
+    """The first checkpoint that a DVC command's training writes."""
+    deadline = time.monotonic() + 120
+    while not (found := sorted(folder.glob("artifacts/checkpoints/*/step-*"))):
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.02)
+    return found[0]
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """A DVC command in a session of its own, so that it can be killed with its children."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(folder),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture
+def clone(repository: Path, tmp_path: Path) -> Path:
+    """A clone with a run of its own ahead: long enough to be killed in."""
+    folder = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(repository), str(folder)], check=True, env=environment(repository))
+    shutil.copytree(repository.parent / "store", tmp_path / "store", dirs_exist_ok=True)
+    text = (folder / "params.yaml").read_text(encoding="utf-8")
+    text = re.sub(r"iters: 6\b", "iters: 150", text)
+    (folder / "params.yaml").write_text(re.sub(r"steps_per_save: \d+", "steps_per_save: 5", text), encoding="utf-8")
+    git(folder, "commit", "--quiet", "--all", "--message", "longer")
+    return folder
+
+
+def adapter(folder: Path) -> bytes:
+    return (folder / "artifacts" / "adapter" / "adapters.safetensors").read_bytes()
+
+
+def test_a_killed_repro_ends_in_the_bytes_of_an_undisturbed_one(clone: Path) -> None:
+    process = start(clone, "repro")
+    checkpoint(clone, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (clone / "artifacts" / "adapter" / "adapters.safetensors").exists()
+    assert "going on after step" in dvc(clone, "repro")
+    resumed = adapter(clone)
+    dvc(clone, "repro", "--force", "--single-item", "--no-run-cache", "train")
+    assert adapter(clone) == resumed
+
+
+def test_a_killed_queued_experiment_ends_in_the_bytes_of_an_undisturbed_one(clone: Path) -> None:
+    dvc(clone, "repro", "tokenize")
+    dvc(clone, "exp", "run", "--queue", "--name", "first", "-S", "train.learning_rate=0.02")
+    process = start(clone, "exp", "run", "--run-all")
+    found = checkpoint(clone, process)
+    os.kill(int((found.parent / "lock").read_text()), signal.SIGKILL)
+    process.wait(timeout=60)
+    dvc(clone, "exp", "run", "--queue", "--name", "second", "-S", "train.learning_rate=0.02")
+    dvc(clone, "exp", "run", "--run-all")
+    assert "going on after step" in dvc(clone, "queue", "logs", "second")
+    dvc(clone, "exp", "apply", "second")
+    resumed = adapter(clone)
+    dvc(clone, "repro", "--force", "--single-item", "--no-run-cache", "train")
+    assert adapter(clone) == resumed

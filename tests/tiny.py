@@ -75,7 +75,7 @@ def small_params(**model: Any) -> str:
     params["model"].update(model)
     params["prepare"].update(valid_fraction=0.2, test_fraction=0.2)
     params["lora"].update(layers=2, rank=4, alpha=8)
-    params["train"].update(epochs=None, iters=6, batch_size=4, steps_per_eval=3, steps_per_report=2)
+    params["train"].update(epochs=None, iters=6, batch_size=4, steps_per_eval=3, steps_per_report=2, keep="last")
     params["generate"].update(max_tokens=8)
     stream = io.StringIO()
     yaml.dump(params, stream)

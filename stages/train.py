@@ -121,6 +121,9 @@ def _warn_of_memory(model: Any, rows: Any, config: TrainConfig) -> None:
 
 
 def _report(event: Event, rate: float, advance: Any) -> None:
+    """A line for a report or a validation; on a terminal, the bar tells the rest."""
+    import mlx.core as mx
+
     report, validation = event.report, event.validation
     line = f"step {event.step:>5}"
     if report:
@@ -129,7 +132,7 @@ def _report(event: Event, rate: float, advance: Any) -> None:
         line += f"  validation loss {validation.loss:.4f}"
     if report or validation:
         console.say(line)
-    advance(to=event.step, status=f"{rate:,.0f} tokens/s")
+    advance(to=event.step, status=f"{rate:,.0f} tokens/s, {mx.get_peak_memory() / 1e9:.1f} GB")
 
 
 class _Clock:

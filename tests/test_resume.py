@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -180,3 +181,39 @@ def test_another_run_starts_afresh(
     with pytest.raises(typer.Exit):
         train(overrides=[ITERS, "runtime.steps_per_save=3"])
     assert "going on after step" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_intact(folder: Path, expected: dict[str, str]) -> None:
+    """A limit on the size of files stands for the disk: what is longer cannot be written."""
+    process = start(folder, "step    20")
+    process.kill()
+    rest(process)
+    (run,) = (folder / "artifacts" / "checkpoints").iterdir()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+    limit = min(len(content) for path, content in before.items() if path.suffix == ".safetensors") // 2
+    done = subprocess.run(
+        faults.TRAIN,
+        cwd=folder,
+        env=faults.environment(folder),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "arrays.safetensors: cannot be written" in line
+    assert {path: path.read_bytes() for path in before} == before
+    assert faults.finish(folder)[0] == expected
+    faults.remove_outputs(folder)
+
+
+def test_a_folder_for_checkpoints_that_cannot_be_made_is_one_line(folder: Path) -> None:
+    shutil.rmtree(folder / "artifacts" / "checkpoints", ignore_errors=True)
+    (folder / "artifacts" / "checkpoints").write_text("in the way")
+    try:
+        done = subprocess.run(faults.TRAIN, cwd=folder, env=faults.environment(folder), capture_output=True, text=True)
+    finally:
+        (folder / "artifacts" / "checkpoints").unlink()
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: artifacts/checkpoints")

@@ -14,6 +14,7 @@ import typer
 from stages import base, console, files, params
 
 if TYPE_CHECKING:
+    from stages.lora.adapter import Adapted
     from stages.lora.loop import Step
 
 
@@ -31,7 +32,7 @@ def train(
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:
-    """Adapt the last `lora.layers` layers' `lora.targets` to the training rows, in mlx-lm's adapter format."""
+    """Adapt the `lora.targets` of `lora.layers` to the training rows, in mlx-lm's adapter format."""
     from stages.lora import adapter, loop
     from stages.lora.model import load_base
     from stages.text.parquet import read_tokens
@@ -47,22 +48,14 @@ def train(
         model, _ = load_base(
             base.locate(manifest), dtype=settings.model.dtype, trust_remote_code=settings.model.trust_remote_code
         )
-    lora = settings.lora
-    config = adapter.LoraConfig(
-        rank=lora.rank,
-        scale=lora.alpha / lora.rank,
-        dropout=lora.dropout,
-        keys=adapter.resolve(model, lora.targets, layers=lora.layers),
-        layers=lora.layers,
-    )
-    modules = adapter.attach(model, config, seed=settings.seed)
+    config = adapter.configure(model, **settings.lora.model_dump())
+    adapter.attach(model, config, seed=settings.seed)
+    _show_adapter(*adapter.summary(model))
 
     options = settings.train
     total = loop.count_steps(
         len(rows["train"]), batch_size=options.batch_size, epochs=options.epochs, iters=options.iters
     )
-    trainable = sum(array.size for array in adapter.weights(model).values())
-    console.say(f"{len(modules)} modules adapted, {trainable:,} trainable parameters")
     console.say(f"{len(rows['train']):,} rows, {total:,} updates of {options.batch_size} rows")
     history: list[Step] = []
     loop_started = time.perf_counter()
@@ -88,6 +81,14 @@ def train(
     console.table(
         f"Training → {out}", ("", "value"), ((name.replace("_", " "), value) for name, value in summary.items())
     )
+
+
+def _show_adapter(groups: list[Adapted], parameters: int) -> None:
+    trainable = sum(group.parameters for group in groups)
+    rows = [(group.key, group.layers, group.parameters) for group in groups]
+    rows.append(("all", sum(group.layers for group in groups), trainable))
+    console.table("Adapter", ("module", "adapted", "trainable parameters"), rows)
+    console.say(f"{trainable / parameters:.3%} of {parameters:,} parameters are trained")
 
 
 def _mean_loss(steps: list[Step]) -> float:

@@ -8,7 +8,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import dequantize_model, load_model
+from mlx_lm.utils import dequantize_model, load_config, load_model
+
+from stages.lora import phi3
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -26,7 +28,7 @@ def load_base(
     keep_dtype: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The frozen model in evaluation mode, and its config.
+    """The frozen model in evaluation mode, and its config; of a Phi-3-Vision checkpoint the language model alone.
 
     `dtype` "auto" is float32 on a CPU, where halves are slow, and the model's own elsewhere or with `keep_dtype`.
     `dequantize` None means on a CPU, where quantised matrix products are slow, and not elsewhere.
@@ -34,7 +36,7 @@ def load_base(
     Raises:
         ValueError: mlx-lm does not know the architecture, or weights and config do not fit.
     """
-    model, config = load_model(directory, lazy=True, trust_remote_code=trust_remote_code)
+    model, config = _open(directory, trust_remote_code=trust_remote_code)
     target = DTYPES.get(dtype)
     if target is None:
         target = mx.float32 if on_cpu() and not keep_dtype else floating_dtype(model)
@@ -46,6 +48,17 @@ def load_base(
     mx.eval(model.parameters())
     model.freeze()
     model.eval()
+    return model, config
+
+
+def _open(directory: Path, *, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's model and config, weights not read yet."""
+    if load_config(directory).get("model_type") != "phi3_v":
+        model, config = load_model(directory, lazy=True, trust_remote_code=trust_remote_code)
+    else:
+        model, config = load_model(directory, lazy=True, get_model_classes=phi3.language_model_classes)
+        config = phi3.as_language_model(config)
+    phi3.restore_short_factors(model)
     return model, config
 
 

@@ -184,6 +184,7 @@ def test_a_stage_without_its_input_says_what_makes_it(project: Path, stage: Any)
 @pytest.mark.parametrize(
     "override",
     ["lora.rank=2", "lora.alpha=1", "lora.dropout=0.5", "lora.targets=[q_proj]", "lora.layers=1", "train.iters=3",
+     "lora.type=dora", "lora.rank_stabilized=true", "lora.layers=all", "lora.layers=[0, 2]",
      "train.batch_size=2", "train.learning_rate=0.1", "train.weight_decay=9.0", "train.warmup_steps=0", "seed=3",
      "model.dtype=bfloat16"],
 )  # fmt: skip

@@ -13,23 +13,31 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.rope_utils import SuScaledRoPE
-from mlx_lm.utils import save_model
+from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import load_model, save_model
 
+from stages.evaluate import evaluate
+from stages.fetch import fetch
+from stages.generate import generate
 from stages.lora import adapter, merge
 from stages.lora.batches import collate
 from stages.lora.loss import mean_loss, narrow_head
-from stages.lora.model import load_base
+from stages.lora.model import floating_dtype, load_base, on_cpu
 from stages.lora.phi3 import LongRoPE
+from stages.merge import merge as merge_stage
+from stages.prepare import prepare
 from stages.text.tokens import TokenRow
+from stages.tokenize import tokenize
+from stages.train import train as train_stage
 from tests.lora import test_adapter
 from tests.lora.test_adapter import fill
-from tests.tiny import CONFIGS, write_model
+from tests.tiny import CONFIGS, small_params, write_model
 
 # As people name them: each architecture's own modules, the fused, the gate and the experts' among them.
 TARGETS = {
     "llama": ["all-linear"],
     "qwen2": ["self_attn.*", "down_proj"],
-    "qwen3": ["q_proj", "k_proj", "lm_head"],
+    "qwen3": ["q_proj", "k_proj", "lm_head", "embed_tokens"],
     "gemma": ["q_proj", "mlp.*", "embed_tokens"],
     "gemma2": ["all-linear", "embed_tokens"],
     "gemma3_text": ["all-linear"],
@@ -38,6 +46,7 @@ TARGETS = {
     "phi3_v": ["self_attn.qkv_proj", "self_attn.o_proj", "lm_head"],
 }
 DORA = {
+    "qwen3": ["q_proj", "k_proj", "lm_head"],
     "mixtral": ["q_proj", "v_proj", "block_sparse_moe.gate"],
     "gemma": ["q_proj", "mlp.*"],
     "gemma2": ["all-linear"],
@@ -107,10 +116,11 @@ def test_updates_lower_the_loss_and_change_the_adapter_alone(
     assert_trains_the_adapter_alone(model, rows[5:9])
 
 
-def test_a_packed_base_trains_without_being_unpacked(packed: tuple[str, Path], rows: list[TokenRow]) -> None:
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_packed_base_trains_without_being_unpacked(packed: tuple[str, Path], rows: list[TokenRow], kind: str) -> None:
     name, directory = packed
     model = load_base(directory, dtype="float32", dequantize=False)[0]
-    adapter.attach(model, configure(model, name), seed=0)
+    adapter.attach(model, configure(model, name, kind), seed=0)
     assert any("Quantized" in type(module).__name__ for module in model.modules())
     assert_trains_the_adapter_alone(model, rows[:4])
 
@@ -134,6 +144,42 @@ def test_what_is_saved_is_what_loads(base: tuple[str, Path], tmp_path: Path, kin
     assert adapter.load(again, tmp_path) == config
     assert mx.array_equal(again(TOKENS), model(TOKENS)).item()
     assert not mx.allclose(again(TOKENS), plain, atol=1e-2).item()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_base_in_bfloat16_trains_and_stays_in_it(tmp_path: Path, rows: list[TokenRow], kind: str) -> None:
+    model = load_base(write_model(tmp_path, "gemma", dtype="bfloat16"), dtype="bfloat16")[0]
+    adapter.attach(model, configure(model, "gemma", kind), seed=0)
+    assert model(TOKENS).dtype == mx.bfloat16
+    assert {array.dtype for array in adapter.weights(model).values()} == {mx.float32}
+    losses = train(model, rows[5:9], steps=8)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.skipif(not on_cpu(), reason="a GPU computes experts in any type")
+def test_experts_on_a_cpu_are_float32_or_refused(tmp_path: Path) -> None:
+    directory = write_model(tmp_path, "mixtral", dtype="bfloat16")
+    assert floating_dtype(load_base(directory)[0]) == mx.float32
+    with pytest.raises(
+        ValueError, match=r"model.dtype: MLX computes experts on a CPU in float32 alone; set it to auto"
+    ):
+        load_base(directory, dtype="bfloat16")
+    # Merging only adds weights.
+    assert floating_dtype(load_base(directory, keep_dtype=True)[0]) == mx.bfloat16
+
+
+def test_mlx_lm_loads_the_adapter_of_listed_layers(base: tuple[str, Path], tmp_path: Path) -> None:
+    name, directory = base
+    if name == "phi3_v":
+        pytest.skip("mlx-lm does not open a Phi-3-Vision")
+    model = load_base(directory)[0]
+    config = test_adapter.configure(model, targets=TARGETS[name], layers=[0, 2])
+    adapter.attach(model, config, seed=0)
+    fill(model)
+    adapter.save(tmp_path, model, config)
+    theirs = load_adapters(load_model(directory)[0], str(tmp_path))
+    theirs.eval()
+    assert mx.array_equal(model(TOKENS), theirs(TOKENS)).item()
 
 
 def test_a_narrowed_head_gives_the_same_loss_and_gradients(base: tuple[str, Path], rows: list[TokenRow]) -> None:
@@ -177,12 +223,12 @@ def test_a_packed_base_merges_unpacked(
     packed: tuple[str, Path], rows: list[TokenRow], tmp_path: Path, kind: str
 ) -> None:
     name, directory = packed
-    said = merge.log_probabilities(attached(directory, name, kind)[0], rows)
-    model, config = load_base(directory, dequantize=True)
+    said = merge.log_probabilities(attached(directory, name, kind, dtype="float32")[0], rows)
+    model, config = load_base(directory, dequantize=True, dtype="float32")
     adapter.attach(model, configure(model, name, kind), seed=0)
     fill(model)
     merge.fuse(model, dtype=mx.float32, requantize=False)
-    opened, _ = load_base(write_merged(tmp_path / "merged", model, config))
+    opened, _ = load_base(write_merged(tmp_path / "merged", model, config), dtype="float32")
     assert merge.agreement(said, merge.log_probabilities(opened, rows)).max_divergence < 1e-4
 
 
@@ -212,6 +258,20 @@ def test_the_language_model_of_a_phi_3_vision_is_a_plain_phi_3(tmp_path: Path) -
     assert config["rope_scaling"]["type"] == "longrope"
     assert not {"embd_layer", "img_processor", "auto_map"} & set(config)
     assert not any("vision" in name for name, _ in tree_flatten(model.parameters()))
+
+
+def test_every_stage_runs_on_a_phi_3_vision(project: Path, tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "phi3_v", "phi3_v", max_position_embeddings=1024)
+    (project / "params.yaml").write_text(small_params(source=str(directory)), encoding="utf-8")
+    fetch()
+    prepare()
+    tokenize()
+    train_stage(overrides=["lora.targets=[self_attn.qkv_proj]"])
+    for stage in (evaluate, merge_stage, generate):
+        stage()
+    merged = json.loads(Path("artifacts/merged/config.json").read_text(encoding="utf-8"))
+    assert merged["model_type"] == "phi3"
+    assert json.loads(Path("artifacts/metrics/merge.json").read_text(encoding="utf-8"))["same_choice"] == 1.0
 
 
 def test_transformers_reads_the_merged_config_of_a_phi_3_vision(tmp_path: Path) -> None:

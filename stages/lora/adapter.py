@@ -225,10 +225,7 @@ def read_config(directory: Path) -> LoraConfig:
 
 def _read_modules(path: Path) -> tuple[list[str], list[int]]:
     """The keys and the layers that a file's tensors belong to."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        modules = {name.rpartition(".")[0] for name in file.keys()}  # noqa: SIM118  it is no mapping
+    modules = {name.rpartition(".")[0] for name in _read_weights(path)}
     layers = {int(match[1]) for match in map(_IN_LAYER.match, modules) if match}
     return sorted({_IN_LAYER.sub("", module) for module in modules}), sorted(layers)
 
@@ -254,16 +251,17 @@ def start_from(model: nn.Module, directory: Path, config: LoraConfig) -> list[st
     """
     saved = read_config(directory)
     count = len(model.layers)
-    pairs = [
-        ("lora.type", saved.type, config.type),
-        ("lora.rank", saved.rank, config.rank),
-        ("lora's scale", saved.scale, config.scale),
-        ("lora.targets", sorted(saved.keys), sorted(config.keys)),
-        ("lora.layers", _known_indices(saved.layers, count), _known_indices(config.layers, count)),
-    ]
+    pairs = {
+        "lora.type": (saved.type, config.type),
+        "lora.rank": (saved.rank, config.rank),
+        "lora.scale": (saved.scale, config.scale),
+        "lora.targets": (sorted(saved.keys), sorted(config.keys)),
+        "lora.layers": (list(layer_indices(count, saved.layers)), list(layer_indices(count, config.layers))),
+    }
     problems = [
-        f"{directory / CONFIG_FILE}: {what} of this adapter: {_shown(old)}; wanted: {_shown(new)}; make them equal"
-        for what, old, new in pairs
+        f"{directory / CONFIG_FILE}: {name} is {_shown(old)} there and {_shown(new)} here; "
+        f"set {name} to {_shown(old)}{' and lora.alpha to null' if name == 'lora.scale' else ''}"
+        for name, (old, new) in pairs.items()
         if old != new
     ]
     if problems:
@@ -273,20 +271,22 @@ def start_from(model: nn.Module, directory: Path, config: LoraConfig) -> list[st
     return names
 
 
-def _known_indices(layers: int | tuple[int, ...], count: int) -> list[int]:
-    """The layers' indices; those of an adapter for a deeper model fall below 0."""
-    return list(range(count - layers, count)) if isinstance(layers, int) else list(layers)
-
-
 def _shown(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else f"{value}"
+    """As one would write it in params.yaml."""
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else f"{value}"
+
+
+def _read_weights(path: Path) -> dict[str, mx.array]:
+    try:
+        return cast(dict[str, mx.array], mx.load(str(path)))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: not readable as safetensors ({error}); make it anew: python -m stages.train"
+        ) from None
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
-    try:
-        saved = cast(dict[str, mx.array], mx.load(str(path)))
-    except RuntimeError as error:
-        raise ValueError(f"{path}: not readable as safetensors: {error}") from None
+    saved = _read_weights(path)
     expected = weights(model)
     problems = [f"{name}: missing" for name in expected if name not in saved]
     problems += [f"{name}: not in the model" for name in saved if name not in expected]

@@ -168,6 +168,16 @@ def test_a_rank_beyond_the_width_is_refused(model: Any) -> None:
         adapter.attach(model, config(rank=17), seed=0)
 
 
+def test_initial_weights_are_uniform_within_the_root_of_what_goes_in(tmp_path: Path) -> None:
+    model = load_base(write_model(tmp_path, "mixtral", intermediate_size=128))[0]
+    adapter.attach(model, configure(model, targets=["q_proj", "down_proj", "embed_tokens"], layers=1), seed=0)
+    layer = model.layers[2]
+    goes_in = [(layer.self_attn.q_proj, 32), (layer.block_sparse_moe.switch_mlp.down_proj, 128)]
+    for module, width in [*goes_in, (model.model.embed_tokens, 258)]:
+        assert 0.9 < mx.abs(module.lora_a).max().item() * width**0.5 <= 1
+        assert not module.lora_b.any().item()
+
+
 def test_a_gate_may_be_narrower_than_the_rank(tmp_path: Path) -> None:
     model = load_base(write_model(tmp_path, "mixtral"))[0]
     names = adapter.attach(model, configure(model, targets=["gate", "up_proj"], layers=1), seed=0)

@@ -20,8 +20,8 @@ from stages.evaluate import evaluate
 from stages.fetch import fetch
 from stages.generate import generate
 from stages.lora import adapter, merge
-from stages.lora.batches import collate
-from stages.lora.loss import mean_loss, narrow_head
+from stages.lora.batches import Batch, collate
+from stages.lora.loss import narrow_head, token_losses
 from stages.lora.model import floating_dtype, load_base, on_cpu
 from stages.lora.phi3 import LongRoPE
 from stages.merge import merge as merge_stage
@@ -78,6 +78,10 @@ def packed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """The same in 4 bits."""
     folder = tmp_path_factory.mktemp(f"{request.param}_packed")
     return request.param, write_model(folder, request.param, quantize=True, dtype="float16")
+
+
+def mean_loss(model: Any, batch: Batch) -> mx.array:
+    return token_losses(model, batch).mean()
 
 
 def train(model: Any, rows: list[TokenRow], steps: int = 4) -> list[float]:

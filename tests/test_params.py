@@ -35,7 +35,7 @@ def test_the_committed_file_is_valid() -> None:
 
 def test_all_mistakes_are_reported_at_once_with_their_lines(file: Path) -> None:
     text = TEXT.replace("rank: 8", "rnak: 8").replace("valid_fraction: 0.06", "valid_fraction: 1.5")
-    text = text.replace("learning_rate: 0.001", "learning_rate: fast")
+    text = text.replace("learning_rate: 0.003", "learning_rate: fast")
     file.write_text(text, encoding="utf-8")
     found = problems(file)
     assert [line.split(": ")[0] + " " + line.split(": ")[1] for line in found] == [
@@ -50,7 +50,7 @@ def test_all_mistakes_are_reported_at_once_with_their_lines(file: Path) -> None:
 
 def test_scientific_notation_is_a_number(file: Path) -> None:
     assert load(file, ["train.learning_rate=5e-05"]).train.learning_rate == 5e-5
-    file.write_text(TEXT.replace("learning_rate: 0.001", "learning_rate: 5e-05"), encoding="utf-8")
+    file.write_text(TEXT.replace("learning_rate: 0.003", "learning_rate: 5e-05"), encoding="utf-8")
     assert load(file).train.learning_rate == 5e-5
 
 

@@ -186,7 +186,7 @@ def test_a_stage_without_its_input_says_what_makes_it(project: Path, stage: Any)
     ["lora.rank=2", "lora.alpha=1", "lora.dropout=0.5", "lora.targets=[q_proj]", "lora.layers=1", "train.iters=3",
      "lora.type=dora", "lora.rank_stabilized=true", "lora.layers=all", "lora.layers=[0, 2]",
      "train.batch_size=2", "train.grad_accumulation=2", "train.optimizer=lion", "train.betas=[0.5, 0.9]",
-     "train.weight_decay=9.0", "train.learning_rate=0.1", "train.schedule=cosine", "train.warmup_steps=0",
+     "train.weight_decay=9.0", "train.learning_rate=0.1", "train.schedule=constant", "train.warmup_steps=0",
      "train.max_grad_norm=0.0001", "seed=3", "model.dtype=bfloat16"],
 )  # fmt: skip
 def test_each_training_parameter_shapes_the_adapter(project: Path, override: str) -> None:

@@ -11,8 +11,18 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from stages.params import PARAMS_FILE
 
@@ -73,13 +83,16 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> N
 
 
 @contextmanager
-def progress(description: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
-    """A progress bar on a terminal, nothing elsewhere. Yields the function that advances it."""
+def progress(
+    description: str, total: float | None = None, *, unit: str | None = None
+) -> Iterator[Callable[[float], None]]:
+    """A progress bar on a terminal, nothing elsewhere; with a `unit`, its speed too. Yields what advances it."""
     columns = [
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn() if total is not None and total < 1e6 else TextColumn("{task.percentage:>3.0f}%"),
+        *([_Speed(unit)] if unit else []),
         TimeRemainingColumn(),
     ]
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
@@ -89,6 +102,17 @@ def progress(description: str, total: float | None = None) -> Iterator[Callable[
             bar.advance(task, amount)
 
         yield advance
+
+
+class _Speed(ProgressColumn):
+    """`1,234 rows/s`"""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.finished_speed or task.speed or 0:,.0f} {self._unit}/s")
 
 
 def say(text: str) -> None:

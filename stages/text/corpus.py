@@ -83,7 +83,8 @@ def write_corpus(folder: Path, sources: list[Source], recipe: Recipe, advance: C
     (folder / f"{_POOL}.jsonl").unlink()
     corpus.refuse_empty()
     made_of = {s.name: {"sha256": s.fingerprint(), "shape": corpus.shapes_of.get(s.name, "none")} for s in sources}
-    write_json(folder / SOURCES_FILE, made_of)
+    rows = {name: corpus.ledger.figures(name)["rows_used"] for name in SPLITS}
+    write_json(folder / SOURCES_FILE, {"rows": rows, "sources": made_of})
     return Report(corpus.ledger, corpus.shapes_of, corpus.near_pairs)
 
 

@@ -15,7 +15,7 @@ class Ledger:
         self.reasons, self.others = tuple(reasons), tuple(others)
         self.splits: Mapping[str, Counter[str]] = {split: Counter() for split in SPLITS}
 
-    def used(self, split: str, **others: int) -> None:
+    def used(self, split: str, /, **others: int) -> None:
         """Count a row that goes into a split."""
         self.splits[split]["rows_in"] += 1
         self.splits[split]["rows_used"] += 1
@@ -28,14 +28,14 @@ class Ledger:
         self.splits[split]["rows_in"] += 1
         self.splits[split][f"dropped_{reason}"] += 1
 
-    def add(self, split: str, **others: int) -> None:
+    def add(self, split: str, /, **others: int) -> None:
         """Count something else."""
         for name, count in others.items():
             if name not in self.others:
                 raise KeyError(name)
             self.splits[split][name] += count
 
-    def move(self, origin: str, split: str, **others: int) -> None:
+    def move(self, origin: str, split: str, /, **others: int) -> None:
         """Turn a used row of one split into one of another."""
         for name, count in {"rows_in": 1, "rows_used": 1, **others}.items():
             self.splits[origin][name] -= count

@@ -1,41 +1,66 @@
 """Prepared rows → token ids and the loss mask.
 
-The mask comes from character offsets of the whole text's tokens, never from tokenizing the prompt apart: a token may
-span the border between prompt and completion, and then it is trained on.
+The mask comes from characters: each token of the whole text that overlaps what is to be learned is trained on, one that
+spans the border between prompt and answer too. No prompt is ever tokenized apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-_BATCH_ROWS = 256  # rows the tokenizer encodes at a time, on all cores
+from stages.text.chat import ChatTemplate, Span
+from stages.text.prepared import PreparedRow
+
+_BATCH_ROWS = 512  # rows the tokenizer encodes at a time, on all cores
+_BATCHES_AHEAD = 2
+
+Reason = Literal["bad", "too_long", "nothing_to_learn"]
+REASONS: tuple[Reason, ...] = ("bad", "too_long", "nothing_to_learn")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class PreparedRow:
-    """A row of data/prepared."""
-
-    id: str
-    source: str
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenRow:
     """A row of data/tokens. `loss_mask[i]` says whether predicting `input_ids[i]` is trained on and scored."""
 
     id: str
     source: str
     input_ids: np.ndarray  # int32, (L,)
-    loss_mask: np.ndarray  # bool, (L,)
+    loss_mask: np.ndarray  # bool, (L,); the first is never set: nothing precedes it to predict it from
     trained_bytes: int  # UTF-8 bytes of the text that the mask covers
     truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What became of one prepared row: token rows (several if it was split), or the reason why there are none."""
+
+    source: str
+    rows: list[TokenRow] = field(default_factory=list)
+    length: int = 0  # tokens before anything was cut
+    characters: int = 0
+    reason: Reason | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A row's text and what of it is learned. `answer` is where the part begins that truncation spares."""
+
+    text: str
+    spans: list[Span]
+    answer: int
+    special: bool  # the tokenizer adds its own special tokens (BOS)
+    eos: bool  # EOS is appended and trained
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -54,41 +79,228 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def encode(
-    rows: Iterable[PreparedRow], tokenizer: Any, *, max_length: int, train_on: Literal["all", "completion"]
-) -> Iterator[TokenRow]:
-    """Token rows of at most `max_length` tokens, in the order of `rows`.
+class Encoder:
+    """Prepared rows → token rows, under the `tokenize` section of params.yaml."""
 
-    A longer row loses the start of its prompt, and only when the prompt is gone, the end of its completion.
-    """
-    backend, eos = tokenizer.backend_tokenizer, tokenizer.eos_token_id
-    for batch in _batches(rows, _BATCH_ROWS):
-        texts = [row.prompt + row.completion for row in batch]
-        for row, text, encoding in zip(batch, texts, backend.encode_batch(texts), strict=True):
-            ids, spans = list(encoding.ids), list(encoding.offsets)
-            if not ids or ids[-1] != eos:
-                ids, spans = [*ids, eos], [*spans, (len(text), len(text))]
-            start = 0 if train_on == "all" else len(row.prompt)
-            # Special tokens that the tokenizer adds have an empty span: they are context, never a target. EOS is one.
-            mask = [end > start and end > begin for begin, end in spans[:-1]] + [True]
-            kept = _window(mask, max_length)
-            trained = [span for span, on in zip(spans[kept], mask[kept], strict=True) if on]
-            yield TokenRow(
-                row.id,
-                row.source,
-                np.array(ids[kept], dtype=np.int32),
-                np.array(mask[kept], dtype=bool),
-                len(text[max(start, trained[0][0]) : trained[-1][1]].encode()),
-                truncated=len(ids) > max_length,
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        train_on: Literal["all", "completion", "assistant", "last_assistant"],
+        over_length: Literal["truncate", "drop", "split", "error"] = "truncate",
+        overlap: int = 0,
+        answer_marker: str | None = None,
+        chat_template: str | None = None,
+        add_eos: bool = True,
+    ) -> None:
+        self.chat = ChatTemplate(tokenizer, chat_template)
+        self._backend = exact_backend(tokenizer)
+        self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token_id
+        self._max_length, self._over_length, self._overlap = max_length, over_length, max(overlap, 1)
+        self._train_on, self._marker, self._add_eos = train_on, answer_marker, add_eos
+
+    def encode(self, rows: Iterable[PreparedRow]) -> Iterator[Encoded]:
+        """What becomes of each row, in their order. The next batches are encoded while the caller uses this one's."""
+        for batch in _ahead(self._encode_batch, _batches(rows, _BATCH_ROWS)):
+            for row, rendered, encoding in batch:
+                if isinstance(rendered, _Rendered):
+                    yield self._finish(row, rendered, encoding)
+                else:
+                    yield Encoded(row.source, reason="bad", message=f"{row.source}: {rendered}")
+
+    @property
+    def template_hash(self) -> str:
+        """Hex sha256 of the chat template that conversations so far were rendered with; "" if there were none."""
+        return self.chat.used_hash
+
+    def prompt_ids(self, text: str, *, chat: bool) -> list[int]:
+        """The tokens of a prompt as training has them at a row's start: BOS once, no EOS."""
+        ids = list(self._backend.encode(text, add_special_tokens=not chat and self._adds_bos(text)).ids)
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self._eos and not chat else ids
+
+    def _encode_batch(self, rows: Sequence[PreparedRow]) -> list[tuple[PreparedRow, _Rendered | str, Any]]:
+        rendered = [self._render(row) for row in rows]
+        encodings: dict[int, Any] = {}
+        for special in (True, False):
+            chosen = [(i, r.text) for i, r in enumerate(rendered) if isinstance(r, _Rendered) and r.special is special]
+            if chosen:
+                indices, texts = zip(*chosen, strict=True)
+                found = self._backend.encode_batch(list(texts), add_special_tokens=special)
+                encodings.update(zip(indices, found, strict=True))
+        return [(row, rendered[i], encodings.get(i)) for i, row in enumerate(rows)]
+
+    def _adds_bos(self, text: str) -> bool:
+        # A text that brings its own BOS gets no second one.
+        return not (self._bos and text.startswith(self._bos))
+
+    def _render(self, row: PreparedRow) -> _Rendered | str:
+        """A row's text and spans, or what is wrong with it."""
+        if row.messages is not None:
+            try:
+                return self._render_chat(row)
+            except ValueError as error:
+                return str(error)
+        if row.text is None:
+            assert row.prompt is not None and row.completion is not None  # noqa: S101
+            text, answer = row.prompt + row.completion, len(row.prompt)
+        else:
+            text, answer = row.text, 0
+            if self._marker is not None:
+                found = text.find(self._marker)
+                if found < 0 and self._train_on != "all":
+                    return f"has no {self._marker!r}, which tokenize.answer_marker names; mend the row or the marker"
+                answer = found + len(self._marker) if found >= 0 else 0
+        start = 0 if self._train_on == "all" else answer
+        spans = [Span(start, len(text), len(text))] if text[start:].strip() else []
+        return _Rendered(text, spans, answer, special=self._adds_bos(text), eos=self._add_eos)
+
+    def _render_chat(self, row: PreparedRow) -> _Rendered:
+        assert row.messages is not None  # noqa: S101
+        found = self.chat.conversation(row.messages, row.tools)
+        spans = found.answers
+        answer = spans[-1].start if spans else 0
+        if self._train_on == "last_assistant":
+            spans = spans[-1:]
+        elif self._train_on == "all":
+            spans = [Span(0, len(found.text), len(found.text))]
+        # The template writes BOS, if the model wants one.
+        return _Rendered(found.text, spans, answer, special=False, eos=self._add_eos and found.open_end)
+
+    def _finish(self, row: PreparedRow, rendered: _Rendered, encoding: Any) -> Encoded:
+        values: list[int] = encoding.ids
+        if rendered.special and values and values[-1] == self._eos and encoding.special_tokens_mask[-1]:
+            values.pop()  # the tokenizer appends EOS by itself: whether there is one is add_eos's to say
+        ends = bool(rendered.eos and rendered.spans)
+        if ends and not (values and values[-1] == self._eos):
+            values.append(self._eos)
+        ids = np.fromiter(values, dtype=np.int32, count=len(values))
+        mask = np.zeros(len(ids), dtype=bool)
+        for span in rendered.spans:
+            mask[_first_token(encoding, span.start, rendered.text) : _end_token(encoding, span.end, rendered.text)] = True
+        if ends:
+            mask[-1] = True
+        length, facts = len(ids), {"characters": len(rendered.text)}
+        mask[:1] = False
+        if not mask.any():
+            return Encoded(row.source, [], length, **facts, reason="nothing_to_learn")
+        if length <= self._max_length:
+            return Encoded(row.source, [self._row(row, rendered, encoding, ids, mask, 0)], length, **facts)
+        if self._over_length in ("drop", "error"):
+            message = (
+                f"{row.source}: has {length} tokens; raise tokenize.max_length ({self._max_length}) "
+                "or set tokenize.over_length: truncate"
             )
+            return Encoded(row.source, [], length, **facts, reason="too_long", message=message)
+        cut = self._windows if self._over_length == "split" and row.text is not None else self._truncate
+        rows = list(cut(row, rendered, encoding, ids, mask))
+        return Encoded(row.source, rows, length, **facts, reason=None if rows else "nothing_to_learn")
+
+    def _truncate(
+        self, row: PreparedRow, rendered: _Rendered, encoding: Any, ids: np.ndarray, mask: np.ndarray
+    ) -> Iterator[TokenRow]:
+        """All but the start of the prompt, and only when the prompt is gone, without the end of the answer."""
+        # One token must precede the first of the answer, to predict it from.
+        limit = max(_first_token(encoding, rendered.answer, rendered.text) - 1, 0)
+        first = min(len(ids) - self._max_length, limit)
+        kept = np.arange(first, min(first + self._max_length, len(ids)))
+        if rendered.special and encoding.special_tokens_mask[0]:
+            kept[0] = 0  # a model that was trained with BOS at the start is lost without it
+        kept_mask = mask[kept]
+        kept_mask[:1] = False
+        if kept_mask.any():
+            yield self._row(row, rendered, encoding, ids[kept], kept_mask, first, truncated=True)
+
+    def _windows(
+        self, row: PreparedRow, rendered: _Rendered, encoding: Any, ids: np.ndarray, mask: np.ndarray
+    ) -> Iterator[TokenRow]:
+        """Windows over a text; what one repeats from the one before is context, so that no token is trained on twice."""
+        first = number = 0
+        while True:
+            kept = mask[first : first + self._max_length].copy()
+            kept[: self._overlap if first else 1] = False
+            if kept.any():
+                part = self._row(row, rendered, encoding, ids[first : first + len(kept)], kept, first, cut=True)
+                yield TokenRow(f"{row.id}-{number}", *[getattr(part, name) for name in _AFTER_ID])
+                number += 1
+            if first + self._max_length >= len(ids):
+                return
+            first += self._max_length - self._overlap
+
+    def _row(
+        self,
+        row: PreparedRow,
+        rendered: _Rendered,
+        encoding: Any,
+        ids: np.ndarray,
+        mask: np.ndarray,
+        first: int,
+        *,
+        truncated: bool = False,
+        cut: bool = False,
+    ) -> TokenRow:
+        """The token row of tokens from `first` on, with the bytes of text that its mask covers."""
+        low, high = 0, len(rendered.text)
+        if rendered.spans[0].start == 0 or cut or truncated:
+            trained = np.flatnonzero(mask)
+            low = _begin(encoding, first + int(trained[0]), high)
+            high = _end(encoding, first + int(trained[-1]), high)
+        parts = (rendered.text[max(span.start, low) : min(span.text_end, high)] for span in rendered.spans)
+        return TokenRow(row.id, row.source, ids, mask, sum(len(part.encode()) for part in parts), truncated)
 
 
-def _window(mask: list[bool], max_length: int) -> slice:
-    """The tokens of a row to keep: of an overlong one, all but the start of its prompt, then all but its end."""
-    # One token must precede the first trained one, to predict it from.
-    prompt = max(mask.index(True) - 1, 0)
-    first = min(max(len(mask) - max_length, 0), prompt)
-    return slice(first, first + max_length)
+_AFTER_ID = ("source", "input_ids", "loss_mask", "trained_bytes", "truncated")
+
+
+def exact_backend(tokenizer: Any) -> Any:
+    """A fast tokenizer's own, without truncation and padding, and with offsets that white space is not trimmed from."""
+    import tokenizers
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["truncation"] = state["padding"] = None
+    pending = [state["post_processor"]]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, dict):
+            if "trim_offsets" in node:
+                node["trim_offsets"] = False
+            pending += node.get("processors", [])
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
+def _first_token(encoding: Any, char: int, text: str) -> int:
+    """The first token that reaches beyond the place `char`."""
+    if char >= len(text):
+        return len(encoding)
+    token = encoding.char_to_token(char)
+    if token is not None:
+        return int(token)
+    return next((i for i, (_, end) in enumerate(encoding.offsets) if end > char), len(encoding))
+
+
+def _end_token(encoding: Any, char: int, text: str) -> int:
+    """One past the last token that begins before the place `char`."""
+    if char >= len(text):
+        end = len(encoding)
+        while end and encoding.token_to_chars(end - 1) is None:  # special tokens that the tokenizer added
+            end -= 1
+        return end
+    token = encoding.char_to_token(char)
+    if token is not None:
+        return int(token) + int(encoding.token_to_chars(token)[0] < char)
+    return next((i for i, (begin, _) in enumerate(encoding.offsets) if begin >= char), len(encoding))
+
+
+def _begin(encoding: Any, token: int, otherwise: int) -> int:
+    """Where a token's characters begin; of an appended EOS, `otherwise`."""
+    chars = encoding.token_to_chars(token) if token < len(encoding) else None
+    return int(chars[0]) if chars else otherwise
+
+
+def _end(encoding: Any, token: int, otherwise: int) -> int:
+    """Where a token's characters end; of an appended EOS, `otherwise`."""
+    chars = encoding.token_to_chars(token) if token < len(encoding) else None
+    return int(chars[1]) if chars else otherwise
 
 
 def _batches(rows: Iterable[PreparedRow], size: int) -> Iterator[Sequence[PreparedRow]]:
@@ -100,3 +312,15 @@ def _batches(rows: Iterable[PreparedRow], size: int) -> Iterator[Sequence[Prepar
             batch = []
     if batch:
         yield batch
+
+
+def _ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """The results of `work` in order, some computed ahead in a thread: the tokenizer does not hold Python's lock."""
+    with ThreadPoolExecutor(1) as pool:
+        pending: deque[Future[R]] = deque()
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) > _BATCHES_AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

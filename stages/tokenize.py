@@ -18,7 +18,7 @@ from stages import base, console, files, params
 from stages.text.lengths import Tally, fallback_ids
 from stages.text.prepared import read_prepared
 from stages.text.split import SPLITS
-from stages.text.tokens import Encoded, Encoder, TokenRow, exact_backend, load_tokenizer
+from stages.text.tokens import Encoded, Encoder, TokenRow, load_tokenizer
 
 _COLUMNS = (*SPLITS, "all")
 
@@ -40,15 +40,15 @@ def tokenize(
     """
     from stages.text.parquet import write_tokens
 
-    started = time.perf_counter()
     settings = params.load(params_file, overrides or ())
     options = settings.tokenize
     manifest = base.read(base_file)
     tokenizer = load_tokenizer(base.locate(manifest), trust_remote_code=settings.model.trust_remote_code)
     encoder = Encoder(tokenizer, **options.model_dump(exclude={"on_bad_row"}))
-    tally = Tally(fallback_ids(exact_backend(tokenizer)))
+    tally = Tally(fallback_ids(encoder.backend))
     made_of = _sources(prepared)
     about = {"tokenizer": manifest.tokenizer_identity, "policy": options.model_dump(), "sources": made_of["sources"]}
+    started = time.perf_counter()
     with files.replacing(out) as draft:
         draft.mkdir()
         for name in SPLITS:

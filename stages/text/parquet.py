@@ -112,7 +112,7 @@ def _rows(table: Any) -> list[TokenRow]:
     others = zip(*(table[name].to_pylist() for name in ("id", "source", "trained_bytes", "truncated")), strict=True)
     return [
         TokenRow(name, source, flat[begin:end], trained[begin:end], trained_bytes, truncated)
-        for (name, source, trained_bytes, truncated), begin, end in zip(others, borders, borders[1:], strict=True)
+        for (name, source, trained_bytes, truncated), begin, end in zip(others, borders[:-1], borders[1:], strict=True)
     ]
 
 

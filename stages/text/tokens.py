@@ -95,7 +95,7 @@ class Encoder:
         add_eos: bool = True,
     ) -> None:
         self.chat = ChatTemplate(tokenizer, chat_template)
-        self._backend = exact_backend(tokenizer)
+        self.backend = exact_backend(tokenizer)
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token_id
         self._max_length, self._over_length, self._overlap = max_length, over_length, max(overlap, 1)
         self._train_on, self._marker, self._add_eos = train_on, answer_marker, add_eos
@@ -116,7 +116,7 @@ class Encoder:
 
     def prompt_ids(self, text: str, *, chat: bool) -> list[int]:
         """The tokens of a prompt as training has them at a row's start: BOS once, no EOS."""
-        ids = list(self._backend.encode(text, add_special_tokens=not chat and self._adds_bos(text)).ids)
+        ids = list(self.backend.encode(text, add_special_tokens=not chat and self._adds_bos(text)).ids)
         return ids[:-1] if len(ids) > 1 and ids[-1] == self._eos and not chat else ids
 
     def _encode_batch(self, rows: Sequence[PreparedRow]) -> list[tuple[PreparedRow, _Rendered | str, Any]]:
@@ -126,7 +126,7 @@ class Encoder:
             chosen = [(i, r.text) for i, r in enumerate(rendered) if isinstance(r, _Rendered) and r.special is special]
             if chosen:
                 indices, texts = zip(*chosen, strict=True)
-                found = self._backend.encode_batch(list(texts), add_special_tokens=special)
+                found = self.backend.encode_batch(list(texts), add_special_tokens=special)
                 encodings.update(zip(indices, found, strict=True))
         return [(row, rendered[i], encodings.get(i)) for i, row in enumerate(rows)]
 

@@ -10,11 +10,12 @@ import numpy as np
 
 from stages.text.ledger import Ledger
 from stages.text.split import SPLITS
-from stages.text.tokens import REASONS, Encoded
+from stages.text.tokens import REASONS, Encoded, TokenRow
 
 COUNTED = ("truncated", "split", "rows", "tokens", "trained_tokens", "characters", "fallback_tokens")
 _PERCENTILES = (50, 90, 95, 99)
 _BINS = 40
+_MANY = 512
 
 
 class Tally:
@@ -23,6 +24,7 @@ class Tally:
     def __init__(self, fallback: np.ndarray) -> None:
         self._fallback = fallback
         self._ledger = Ledger(REASONS, COUNTED)
+        self._pending: dict[str, list[TokenRow]] = {}
         self._lengths = {split: array("I") for split in SPLITS}  # before anything was cut
 
     def count(self, split: str, encoded: Encoded) -> None:
@@ -33,19 +35,29 @@ class Tally:
             self._ledger.dropped(split, encoded.reason)
             return
         rows = encoded.rows
-        self._ledger.used(
-            split,
-            rows=len(rows),
-            truncated=int(rows[0].truncated),
-            split=int(len(rows) > 1),
-            tokens=sum(len(row.input_ids) for row in rows),
-            trained_tokens=sum(int(np.count_nonzero(row.loss_mask)) for row in rows),
-            characters=encoded.characters,
-            fallback_tokens=sum(int(np.count_nonzero(self._fallback[row.input_ids])) for row in rows),
-        )
+        self._ledger.used(split, rows=len(rows), characters=encoded.characters)
+        if rows[0].truncated or len(rows) > 1:
+            self._ledger.add(split, truncated=int(rows[0].truncated), split=int(len(rows) > 1))
+        self._pending.setdefault(split, []).extend(rows)
+        if len(self._pending[split]) >= _MANY:
+            self._count_tokens(split)
+
+    def _count_tokens(self, split: str) -> None:
+        # Of many rows at once: NumPy's calls cost more than a row's tokens.
+        if rows := self._pending.pop(split, []):
+            ids = np.concatenate([row.input_ids for row in rows])
+            mask = np.concatenate([row.loss_mask for row in rows])
+            self._ledger.add(
+                split,
+                tokens=len(ids),
+                trained_tokens=int(np.count_nonzero(mask)),
+                fallback_tokens=int(np.count_nonzero(self._fallback[ids])),
+            )
 
     def figures(self, split: str) -> dict[str, Any]:
         """All numbers of a split, finite whatever it holds."""
+        for name in SPLITS:
+            self._count_tokens(name)
         figures: dict[str, Any] = dict(self._ledger.figures(split))
         tokens = figures["tokens"]
         lengths = self.lengths(split)

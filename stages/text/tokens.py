@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -40,7 +41,7 @@ class TokenRow:
     truncated: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Encoded:
     """What became of one prepared row: token rows (several if it was split), or the reason why there are none."""
 
@@ -61,6 +62,17 @@ class _Rendered:
     answer: int
     special: bool  # the tokenizer adds its own special tokens (BOS)
     eos: bool  # EOS is appended and trained
+
+
+@dataclass(slots=True)
+class _Job:
+    """A row on its way: rendered, or with the problem that it has; then encoded."""
+
+    row: PreparedRow
+    rendered: _Rendered | None
+    problem: str = ""
+    encoding: Any = None
+    ends: bool = False  # with a trained EOS
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -96,6 +108,8 @@ class Encoder:
     ) -> None:
         self.chat = ChatTemplate(tokenizer, chat_template)
         self.backend = exact_backend(tokenizer)
+        # Whether the tokenizer puts special tokens behind a text.
+        self._appends = bool(self.backend.encode("a").special_tokens_mask[-1])
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token_id
         self._max_length, self._over_length, self._overlap = max_length, over_length, max(overlap, 1)
         self._train_on, self._marker, self._add_eos = train_on, answer_marker, add_eos
@@ -103,11 +117,7 @@ class Encoder:
     def encode(self, rows: Iterable[PreparedRow]) -> Iterator[Encoded]:
         """What becomes of each row, in their order. The next batches are encoded while the caller uses this one's."""
         for batch in _ahead(self._encode_batch, _batches(rows, _BATCH_ROWS)):
-            for row, rendered, encoding in batch:
-                if isinstance(rendered, _Rendered):
-                    yield self._finish(row, rendered, encoding)
-                else:
-                    yield Encoded(row.source, reason="bad", message=f"{row.source}: {rendered}")
+            yield from self._finish(batch)
 
     @property
     def template_hash(self) -> str:
@@ -119,28 +129,28 @@ class Encoder:
         ids = list(self.backend.encode(text, add_special_tokens=not chat and self._adds_bos(text)).ids)
         return ids[:-1] if len(ids) > 1 and ids[-1] == self._eos and not chat else ids
 
-    def _encode_batch(self, rows: Sequence[PreparedRow]) -> list[tuple[PreparedRow, _Rendered | str, Any]]:
-        rendered = [self._render(row) for row in rows]
-        encodings: dict[int, Any] = {}
+    def _encode_batch(self, rows: Sequence[PreparedRow]) -> list[_Job]:
+        jobs = [self._render(row) for row in rows]
         for special in (True, False):
-            chosen = [(i, r.text) for i, r in enumerate(rendered) if isinstance(r, _Rendered) and r.special is special]
+            chosen = [job for job in jobs if job.rendered and job.rendered.special is special]
             if chosen:
-                indices, texts = zip(*chosen, strict=True)
-                found = self.backend.encode_batch(list(texts), add_special_tokens=special)
-                encodings.update(zip(indices, found, strict=True))
-        return [(row, rendered[i], encodings.get(i)) for i, row in enumerate(rows)]
+                texts = [job.rendered.text for job in chosen if job.rendered]
+                encodings = self.backend.encode_batch(texts, add_special_tokens=special)
+                for job, encoding in zip(chosen, encodings, strict=True):
+                    job.encoding = encoding
+        return jobs
 
     def _adds_bos(self, text: str) -> bool:
         # A text that brings its own BOS gets no second one.
         return not (self._bos and text.startswith(self._bos))
 
-    def _render(self, row: PreparedRow) -> _Rendered | str:
-        """A row's text and spans, or what is wrong with it."""
-        if row.messages is not None:
-            try:
-                return self._render_chat(row)
-            except ValueError as error:
-                return str(error)
+    def _render(self, row: PreparedRow) -> _Job:
+        try:
+            return _Job(row, self._render_text(row) if row.messages is None else self._render_chat(row))
+        except ValueError as error:
+            return _Job(row, None, str(error))
+
+    def _render_text(self, row: PreparedRow) -> _Rendered:
         if row.text is None:
             assert row.prompt is not None and row.completion is not None  # noqa: S101
             text, answer = row.prompt + row.completion, len(row.prompt)
@@ -149,7 +159,8 @@ class Encoder:
             if self._marker is not None:
                 found = text.find(self._marker)
                 if found < 0 and self._train_on != "all":
-                    return f"has no {self._marker!r}, which tokenize.answer_marker names; mend the row or the marker"
+                    marker = repr(self._marker)
+                    raise ValueError(f"has no {marker}, which tokenize.answer_marker names; mend the row or the marker")
                 answer = found + len(self._marker) if found >= 0 else 0
         start = 0 if self._train_on == "all" else answer
         spans = [Span(start, len(text), len(text))] if text[start:].strip() else []
@@ -167,89 +178,107 @@ class Encoder:
         # The template writes BOS, if the model wants one.
         return _Rendered(found.text, spans, answer, special=False, eos=self._add_eos and found.open_end)
 
-    def _finish(self, row: PreparedRow, rendered: _Rendered, encoding: Any) -> Encoded:
-        values: list[int] = encoding.ids
-        if rendered.special and values and values[-1] == self._eos and encoding.special_tokens_mask[-1]:
-            values.pop()  # the tokenizer appends EOS by itself: whether there is one is add_eos's to say
-        ends = bool(rendered.eos and rendered.spans)
-        if ends and not (values and values[-1] == self._eos):
-            values.append(self._eos)
-        ids = np.fromiter(values, dtype=np.int32, count=len(values))
+    def _finish(self, jobs: Sequence[_Job]) -> list[Encoded]:
+        """Ids and masks of a batch, in one array each: per-row arrays would cost as much as the encoding."""
+        values = [self._values(job) for job in jobs]
+        ids = np.fromiter(chain.from_iterable(values), dtype=np.int32)
+        borders = np.concatenate([[0], np.cumsum([len(row) for row in values])])
         mask = np.zeros(len(ids), dtype=bool)
-        for span in rendered.spans:
-            mask[_first_token(encoding, span.start, rendered.text) : _end_token(encoding, span.end, rendered.text)] = True
-        if ends:
-            mask[-1] = True
-        length, facts = len(ids), {"characters": len(rendered.text)}
-        mask[:1] = False
-        if not mask.any():
-            return Encoded(row.source, [], length, **facts, reason="nothing_to_learn")
+        begins = borders.tolist()
+        for job, begin, end in zip(jobs, begins, begins[1:], strict=False):
+            if job.rendered and job.rendered.spans:
+                for span in job.rendered.spans:
+                    first = begin + _first_token(job.encoding, span.start, job.rendered.text)
+                    last = end
+                    if self._appends or span.end < len(job.rendered.text):
+                        last = min(begin + _end_token(job.encoding, span.end, job.rendered.text), end)
+                    mask[first:last] = True
+                if job.ends:
+                    mask[end - 1] = True
+        mask[borders[:-1][np.diff(borders) > 0]] = False
+        trained = np.concatenate([[0], np.cumsum(mask)])[borders]
+        counts = np.diff(trained).tolist()
+        return [
+            self._result(job, ids[begin:end], mask[begin:end], count)
+            for job, begin, end, count in zip(jobs, begins, begins[1:], counts, strict=False)
+        ]
+
+    def _values(self, job: _Job) -> list[int]:
+        """A row's token ids, EOS at their end if it belongs there."""
+        if not job.rendered:
+            return []
+        values: list[int] = job.encoding.ids
+        if job.rendered.special and values and values[-1] == self._eos and job.encoding.special_tokens_mask[-1]:
+            values.pop()  # the tokenizer appends EOS by itself: whether there is one is add_eos's to say
+        job.ends = bool(job.rendered.eos and job.rendered.spans)
+        if job.ends and not (values and values[-1] == self._eos):
+            values.append(self._eos)
+        return values
+
+    def _result(self, job: _Job, ids: np.ndarray, mask: np.ndarray, trained: int) -> Encoded:
+        """What becomes of a row, now that its length is known."""
+        row, rendered = job.row, job.rendered
+        if not rendered:
+            return Encoded(row.source, reason="bad", message=f"{row.source}: {job.problem}")
+        length, characters = len(ids), len(rendered.text)
+        if not trained:
+            return Encoded(row.source, [], length, characters, "nothing_to_learn")
         if length <= self._max_length:
-            return Encoded(row.source, [self._row(row, rendered, encoding, ids, mask, 0)], length, **facts)
+            return Encoded(row.source, [_token_row(job, ids, mask, 0)], length, characters)
         if self._over_length in ("drop", "error"):
             message = (
                 f"{row.source}: has {length} tokens; raise tokenize.max_length ({self._max_length}) "
                 "or set tokenize.over_length: truncate"
             )
-            return Encoded(row.source, [], length, **facts, reason="too_long", message=message)
+            return Encoded(row.source, [], length, characters, "too_long", message)
         cut = self._windows if self._over_length == "split" and row.text is not None else self._truncate
-        rows = list(cut(row, rendered, encoding, ids, mask))
-        return Encoded(row.source, rows, length, **facts, reason=None if rows else "nothing_to_learn")
+        rows = list(cut(job, ids, mask))
+        return Encoded(row.source, rows, length, characters, None if rows else "nothing_to_learn")
 
-    def _truncate(
-        self, row: PreparedRow, rendered: _Rendered, encoding: Any, ids: np.ndarray, mask: np.ndarray
-    ) -> Iterator[TokenRow]:
+    def _truncate(self, job: _Job, ids: np.ndarray, mask: np.ndarray) -> Iterator[TokenRow]:
         """All but the start of the prompt, and only when the prompt is gone, without the end of the answer."""
+        assert job.rendered  # noqa: S101
         # One token must precede the first of the answer, to predict it from.
-        limit = max(_first_token(encoding, rendered.answer, rendered.text) - 1, 0)
+        limit = max(_first_token(job.encoding, job.rendered.answer, job.rendered.text) - 1, 0)
         first = min(len(ids) - self._max_length, limit)
-        kept = np.arange(first, min(first + self._max_length, len(ids)))
-        if rendered.special and encoding.special_tokens_mask[0]:
+        kept = np.arange(first, first + self._max_length)
+        if job.rendered.special and job.encoding.special_tokens_mask[0]:
             kept[0] = 0  # a model that was trained with BOS at the start is lost without it
         kept_mask = mask[kept]
-        kept_mask[:1] = False
+        kept_mask[0] = False
         if kept_mask.any():
-            yield self._row(row, rendered, encoding, ids[kept], kept_mask, first, truncated=True)
+            yield _token_row(job, ids[kept], kept_mask, first, truncated=True)
 
-    def _windows(
-        self, row: PreparedRow, rendered: _Rendered, encoding: Any, ids: np.ndarray, mask: np.ndarray
-    ) -> Iterator[TokenRow]:
+    def _windows(self, job: _Job, ids: np.ndarray, mask: np.ndarray) -> Iterator[TokenRow]:
         """Windows over a text; what one repeats from the one before is context, so that no token is trained on twice."""
         first = number = 0
         while True:
             kept = mask[first : first + self._max_length].copy()
             kept[: self._overlap if first else 1] = False
             if kept.any():
-                part = self._row(row, rendered, encoding, ids[first : first + len(kept)], kept, first, cut=True)
-                yield TokenRow(f"{row.id}-{number}", *[getattr(part, name) for name in _AFTER_ID])
+                yield _token_row(job, ids[first : first + len(kept)], kept, first, window=number)
                 number += 1
             if first + self._max_length >= len(ids):
                 return
             first += self._max_length - self._overlap
 
-    def _row(
-        self,
-        row: PreparedRow,
-        rendered: _Rendered,
-        encoding: Any,
-        ids: np.ndarray,
-        mask: np.ndarray,
-        first: int,
-        *,
-        truncated: bool = False,
-        cut: bool = False,
-    ) -> TokenRow:
-        """The token row of tokens from `first` on, with the bytes of text that its mask covers."""
-        low, high = 0, len(rendered.text)
-        if rendered.spans[0].start == 0 or cut or truncated:
-            trained = np.flatnonzero(mask)
-            low = _begin(encoding, first + int(trained[0]), high)
-            high = _end(encoding, first + int(trained[-1]), high)
-        parts = (rendered.text[max(span.start, low) : min(span.text_end, high)] for span in rendered.spans)
-        return TokenRow(row.id, row.source, ids, mask, sum(len(part.encode()) for part in parts), truncated)
 
-
-_AFTER_ID = ("source", "input_ids", "loss_mask", "trained_bytes", "truncated")
+def _token_row(
+    job: _Job, ids: np.ndarray, mask: np.ndarray, first: int, *, truncated: bool = False, window: int | None = None
+) -> TokenRow:
+    """The token row of a row's tokens from `first` on, with the bytes of text that its mask covers."""
+    assert job.rendered  # noqa: S101
+    spans, text = job.rendered.spans, job.rendered.text
+    low, high = 0, len(text)
+    if truncated or window is not None or spans[0].start == 0:
+        trained = np.flatnonzero(mask)
+        low = _place(job.encoding, first + int(trained[0]), 0, high)
+        high = _place(job.encoding, first + int(trained[-1]), 1, high)
+    size = 0
+    for span in spans:
+        size += len(text[max(span.start, low) : min(span.text_end, high)].encode())
+    name = job.row.id if window is None else f"{job.row.id}-{window}"
+    return TokenRow(name, job.row.source, ids, mask, size, truncated)
 
 
 def exact_backend(tokenizer: Any) -> Any:
@@ -291,16 +320,10 @@ def _end_token(encoding: Any, char: int, text: str) -> int:
     return next((i for i, (begin, _) in enumerate(encoding.offsets) if begin >= char), len(encoding))
 
 
-def _begin(encoding: Any, token: int, otherwise: int) -> int:
-    """Where a token's characters begin; of an appended EOS, `otherwise`."""
+def _place(encoding: Any, token: int, edge: int, otherwise: int) -> int:
+    """Where a token's characters begin (edge 0) or end (1); of an appended EOS, `otherwise`."""
     chars = encoding.token_to_chars(token) if token < len(encoding) else None
-    return int(chars[0]) if chars else otherwise
-
-
-def _end(encoding: Any, token: int, otherwise: int) -> int:
-    """Where a token's characters end; of an appended EOS, `otherwise`."""
-    chars = encoding.token_to_chars(token) if token < len(encoding) else None
-    return int(chars[1]) if chars else otherwise
+    return int(chars[edge]) if chars else otherwise
 
 
 def _batches(rows: Iterable[PreparedRow], size: int) -> Iterator[Sequence[PreparedRow]]:

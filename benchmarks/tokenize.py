@@ -1,8 +1,8 @@
 """How fast rows become token files, beside the tokenizer alone, mlx-lm's way and datasets.map.
 
-`python -m benchmarks.tokenize [--rows 20000] [--data rows.jsonl]`: the rows of the default data, repeated with a number in
-each so that no two are the same, or the rows of a JSONL file of prompts and completions. Each way runs in a process of
-its own, the best of `--repeats` counts; memory is that process's peak.
+`python -m benchmarks.tokenize [--rows 20000] [--data rows.jsonl]`: the rows of the default data, repeated with a number
+in each so that no two are the same, or the rows of a JSONL file of prompts and completions. Each way runs in a process
+of its own, the best of `--repeats` counts; memory is that process's peak.
 """
 
 from __future__ import annotations
@@ -48,15 +48,13 @@ def main() -> None:
                         results[title] = found
                     advance(1)
     alone = results["encode_batch alone"]
-    lines = [
-        (title, *(("-",) * 5 if found is None else _figures(found, alone))) for title, found in results.items()
-    ]
+    lines = [(title, *(("-",) * 5 if found is None else _figures(found, alone))) for title, found in results.items()]
     header = ("", "rows/s", "tokens/s", "seconds", "of encode_batch", "peak MB")
     console.table(f"{given.rows:,} rows, {alone['tokens']:,} tokens, best of {given.repeats}", header, lines)
 
 
 def encode_batch_alone(tokenizer: Any, folder: Path) -> int:
-    """tokenizers.encode_batch over all rows, in batches, and nothing else: the texts are in memory, results are dropped."""
+    """tokenizers.encode_batch over all rows, in batches, and nothing else: texts in memory, results dropped."""
     texts = [prompt + completion for prompt, completion in _pairs(folder)]
     with _timed():
         encodings = (tokenizer.backend_tokenizer.encode_batch(texts[i : i + 512]) for i in range(0, len(texts), 512))
@@ -148,8 +146,8 @@ def _measure(way: Callable[[Any, Path], int | None], directory: Path, folder: Pa
     from stages.text.tokens import load_tokenizer
 
     tokens = way(load_tokenizer(directory), folder)
-    rows = sum(1 for _ in (folder / "train.jsonl").open("rb"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rows = len(_pairs(folder))
     return None if tokens is None else {"rows": rows, "tokens": tokens, "seconds": _seconds, "peak": peak}
 
 
@@ -166,10 +164,10 @@ def _figures(found: dict[str, Any], alone: dict[str, Any]) -> tuple[str, ...]:
 
 def _write_prepared(path: Path, data: Path | None, count: int) -> None:
     if data is not None:
-        given = [json.loads(line) for line in data.open(encoding="utf-8")]
+        given = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
         pairs = [(row["prompt"], row["completion"]) for row in given]
     else:
-        raw = [json.loads(line) for line in Path("data/raw/korean_qa.jsonl").open(encoding="utf-8")]
+        raw = [json.loads(line) for line in Path("data/raw/korean_qa.jsonl").read_text(encoding="utf-8").splitlines()]
         pairs = [(f"### 질문:\n{row['question']}\n\n### 답변:\n", row["answer"]) for row in raw]
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
@@ -181,8 +179,8 @@ def _write_prepared(path: Path, data: Path | None, count: int) -> None:
 
 
 def _pairs(folder: Path) -> list[Pair]:
-    rows = (json.loads(line) for line in (folder / "train.jsonl").open(encoding="utf-8"))
-    return [(row["prompt"], row["completion"]) for row in rows]
+    with (folder / "train.jsonl").open(encoding="utf-8") as file:
+        return [(row["prompt"], row["completion"]) for row in map(json.loads, file)]
 
 
 if __name__ == "__main__":

@@ -39,11 +39,11 @@ def prepare(
     started = time.perf_counter()
     options = params.load(params_file, overrides or ()).prepare
     if options.dataset is not None:
-        sources, ignored = readers.find_dataset(options.dataset), []
+        sources = readers.find_dataset(options.dataset)
     else:
         sources, ignored = readers.find(raw or [Path("data/raw")])
-    for path in ignored:
-        console.say(f"passed over: {path}")
+        for path in ignored:
+            console.say(f"passed over: {path}")
     recipe = Recipe(**options.model_dump(exclude={"dataset"}))
     with files.replacing(out) as draft, console.progress("preparing", sum(s.size for s in sources)) as advance:
         report = write_corpus(draft, sources, recipe, advance)
@@ -64,9 +64,7 @@ def _tell(report: Report, ledger: dict[str, dict[str, int]], out: Path, seconds:
     total = ledger["all"]
     dropped = sum(total[f"dropped_{reason}"] for reason in REASONS)
     rate = total["rows_in"] / seconds
-    console.say(
-        f"{total['rows_in']:,} rows in = {total['rows_used']:,} used + {dropped:,} dropped; {rate:,.0f} rows/s"
-    )
+    console.say(f"{total['rows_in']:,} rows in = {total['rows_used']:,} used + {dropped:,} dropped; {rate:,.0f} rows/s")
     for place, earlier in report.near_pairs[:5]:
         console.say(f"{place} resembles {earlier}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,7 @@ def tokenize(
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:
-    """Encode each row with the base model's tokenizer and mark the tokens that training scores: answers, with their ends.
+    """Encode each row with the base model's tokenizer; mark the tokens that training scores: answers with their ends.
 
     Look at the result with `python -m stages inspect data/tokens/train.parquet --row 3`.
     """
@@ -55,12 +56,8 @@ def tokenize(
             total = made_of["rows"].get(name)
             with console.progress(f"tokenizing {name}", total=total, unit="rows") as advance:
                 encoded = encoder.encode(read_prepared(prepared / f"{name}.jsonl"))
-                rows = _counted(encoded, lambda row, name=name: tally.count(name, row), options, advance)
-                write_tokens(
-                    draft / f"{name}.parquet",
-                    rows,
-                    lambda name=name: {**about, "chat_template": encoder.template_hash, "ledger": tally.figures(name)},
-                )
+                rows = _counted(encoded, partial(tally.count, name), options, advance)
+                write_tokens(draft / f"{name}.parquet", rows, partial(_about, about, encoder, tally, name))
             _refuse_empty(name, tally.figures(name))
         figures = {name: tally.figures(name) for name in _COLUMNS}
     files.write_json(metrics, figures)
@@ -77,6 +74,11 @@ def _sources(prepared: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file; make it with: python -m stages.prepare") from None
     except ValueError:
         raise ValueError(f"{path}: not written by prepare; make it anew with: python -m stages.prepare") from None
+
+
+def _about(about: dict[str, Any], encoder: Encoder, tally: Tally, name: str) -> dict[str, Any]:
+    """What the file of a split says about itself."""
+    return {**about, "chat_template": encoder.template_hash, "ledger": tally.figures(name)}
 
 
 def _counted(
@@ -100,7 +102,9 @@ def _counted(
 def _refuse_empty(name: str, figures: dict[str, Any]) -> None:
     if figures["rows_in"] and not figures["rows"]:
         reasons = ", ".join(f"{key} {count}" for key, count in figures.items() if key.startswith("dropped_") and count)
-        raise ValueError(f"the {name} split has no row left of {figures['rows_in']} ({reasons}); see tokenize in params")
+        raise ValueError(
+            f"the {name} split has no row left of {figures['rows_in']} ({reasons}); see tokenize in params"
+        )
 
 
 def _tell(figures: dict[str, dict[str, Any]], advice: list[str], out: Path, seconds: float) -> None:

@@ -23,7 +23,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Characters `start` to `end` of a text are learned; the end-of-turn token, if any, lies from `text_end` to `end`."""
+    """Characters `start` to `end` are learned; the end-of-turn token, if there is one, lies from `text_end` to `end`."""
 
     start: int
     end: int
@@ -41,7 +41,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """A template's words around the turns: words[0], turn, words[1], … An answer's borders are (words, offset in them)."""
+    """A template's words around the turns: words[0], turn, words[1], …; an answer's borders as (words, offset there)."""
 
     words: list[str]
     answers: list[tuple[tuple[int, int], tuple[int, int], tuple[int, int]]]  # start, end, text end
@@ -251,7 +251,7 @@ def _marker(index: int) -> str:
 
 
 def _common(a: str, b: str) -> int:
-    return len(os.path.commonprefix([a, b]))
+    return len(os.path.commonprefix([a, b]))  # noqa: RUF071  characters are what is meant
 
 
 def _roles(messages: Sequence[Message]) -> str:

@@ -89,12 +89,12 @@ class NearDuplicates:
             mend = "install it with: pip install 'rensa>=0.5'"
             raise ValueError(f"prepare.near_duplicates needs the rensa library; {mend}") from None
         self._threshold = threshold
-        self._hash = lambda: RMinHash(num_perm=_PERMUTATIONS, seed=0)
+        self._hash: Any = lambda: RMinHash(num_perm=_PERMUTATIONS, seed=0)
         self._index = RMinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS, num_bands=_BANDS)
         self._rows: list[tuple[str, Any]] = []
 
     def earlier(self, text: str, place: str) -> str | None:
-        """The place of an earlier row whose runs overlap with this row's by the threshold or more. Remembers the row."""
+        """The place of an earlier row that resembles this one by the threshold or more. Remembers the row."""
         text = plain(text)
         signature = self._hash()
         signature.update(sorted({text[i : i + _SHINGLE] for i in range(max(len(text) - _SHINGLE + 1, 1))}))

@@ -56,7 +56,7 @@ def _message(turn: Any, number: int) -> dict[str, Any]:
         raise ValueError(f"turn {number} has no 'role'; name who speaks, such as user or assistant")
     role = _ROLES.get(given, given)
     if role not in _KNOWN:
-        raise ValueError(f"turn {number} has the unknown role {ascii(given)}; known: {', '.join(_KNOWN)}")
+        raise ValueError(f"turn {number} has the unknown role {given!a}; known: {', '.join(_KNOWN)}")
     content = fields.pop("content", None)
     content = fields.pop("value", None) if content is None else content
     fields.pop("from", None)

@@ -1,7 +1,7 @@
 """Sources of raw rows → train, valid and test.jsonl, cleaned, without duplicates, every row in the ledger.
 
-Rows pass one at a time; what stays in memory is some 120 bytes a row, to know its duplicates by. Files that are made for
-a held-out split come first, so that a training row which stands there too is noticed when it comes.
+Rows pass one at a time; what stays in memory is some 120 bytes a row, to know its duplicates by. Files that are made
+for a held-out split come first, so that a training row which stands there too is noticed when it comes.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ class _Corpus:
                 except EmptyError:
                     self.ledger.dropped(_split(origin), "empty")
                 except UnicodeEncodeError:
-                    reason = f"{row.place}: holds half of a surrogate pair (\\udXXX), which is no character; mend the row"
+                    reason = (
+                        f"{row.place}: holds half of a surrogate pair (\\udXXX), which is no character; mend the row"
+                    )
                 except _LeakError:
                     raise
                 except (ValueError, TypeError, RecursionError) as error:
@@ -224,4 +226,3 @@ def _group(fields: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str | int):
         raise ValueError(f"has no text or whole number in {name!r}, which prepare.group_by names; mend the row")
     return str(value)
-

@@ -28,7 +28,7 @@ def read_delimited(path: Path, advance: Advance = nothing, *, delimiter: str) ->
         except csv.Error as error:
             yield BadRow(f"{path}:{start}", f"not valid CSV ({error}); quote the cell, and double the quotes inside it")
             continue
-        except _Undecodable as error:
+        except _UndecodableError as error:
             yield error.row
             return
         if record is None:
@@ -61,7 +61,7 @@ def _wrong_header(header: list[str], delimiter: str) -> str | None:
     return None
 
 
-class _Undecodable(Exception):
+class _UndecodableError(Exception):
     def __init__(self, row: BadRow) -> None:
         self.row = row
 
@@ -78,5 +78,5 @@ class _Lines:
     def __next__(self) -> str:
         line = next(self._lines)
         if isinstance(line, BadRow):
-            raise _Undecodable(line)
+            raise _UndecodableError(line)
         return line[1]

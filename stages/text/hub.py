@@ -28,7 +28,9 @@ def load(name: str) -> dict[str, Any]:
     # The library and what it stands on raise a score of types, from network errors to the data set's own.
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"prepare.dataset: {name} cannot be loaded ({first}); check its name and the network") from None
+        raise ValueError(
+            f"prepare.dataset: {name} cannot be loaded ({first}); check its name and the network"
+        ) from None
     return dict(found) if isinstance(found, Mapping) else {"train": found}
 
 

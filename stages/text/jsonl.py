@@ -86,8 +86,10 @@ class _Array:
                     yield BadRow(place, f"not valid JSON ({_what(error)}); the file must be an array of objects")
                     return
                 good = isinstance(value, dict)
-                yield RawRow(place, value) if good else BadRow(
-                    place, f"must be an object such as {_EXAMPLE}, not {_kind(value)}"
+                yield (
+                    RawRow(place, value)
+                    if good
+                    else BadRow(place, f"must be an object such as {_EXAMPLE}, not {_kind(value)}")
                 )
                 mark = self._next_mark()
                 self._step(len(mark))

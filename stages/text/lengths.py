@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from stages.text.ledger import Ledger
+from stages.text.offsets import byte_alphabet, is_byte_level
 from stages.text.split import SPLITS
 from stages.text.tokens import REASONS, Encoded, TokenRow
 
@@ -113,8 +114,8 @@ def fallback_ids(backend: Any) -> np.ndarray:
     unknown = state["model"].get("unk_token")
     if unknown in vocabulary:
         table[vocabulary[unknown]] = True
-    of_bytes = "ByteLevel" in json.dumps([state.get("pre_tokenizer"), state.get("decoder")])
-    byte_of = _byte_alphabet() if of_bytes else {}
+    of_bytes = is_byte_level(backend)
+    byte_of = byte_alphabet() if of_bytes else {}
     for token, index in vocabulary.items():
         if of_bytes:
             table[index] |= not _is_text(bytes(byte_of[symbol] for symbol in token if symbol in byte_of))
@@ -129,13 +130,6 @@ def _is_text(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Symbol → byte of byte-level vocabularies. Source: `bytes_to_unicode` of GPT-2."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
 def _percentile(lengths: np.ndarray, percentile: int) -> int:

@@ -76,7 +76,7 @@ def open_bytes(path: Path, advance: Advance = nothing) -> Iterator[io.BufferedRe
 
 
 def read_lines(path: Path, advance: Advance = nothing) -> Iterator[tuple[int, str] | BadRow]:
-    """Numbered lines of a UTF-8 file, with or without a byte-order mark, line ends kept; a BadRow for what is not UTF-8.
+    """Numbered lines of a UTF-8 file, with or without a byte-order mark, line ends kept; BadRow for what is not UTF-8.
 
     A compressed stream that breaks off ends in a BadRow as well.
     """

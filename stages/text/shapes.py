@@ -53,7 +53,9 @@ class Shapes:
             Shape("text", ("text",), lambda row: {"text": text_of(row, "text")}),
         ]
         if self.template:
-            required = tuple(name for name in dict.fromkeys(self.template.columns) if name not in self.template.optional)
+            required = tuple(
+                name for name in dict.fromkeys(self.template.columns) if name not in self.template.optional
+            )
             self._shapes.insert(2, Shape("+".join(required), required, self._templated))
 
     def renamed(self, fields: dict[str, Any]) -> dict[str, Any]:

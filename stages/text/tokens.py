@@ -6,7 +6,6 @@ spans the border between prompt and answer too. No prompt is ever tokenized apar
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from stages.text import offsets
 from stages.text.chat import ChatTemplate, Span
 from stages.text.prepared import PreparedRow
 
@@ -73,6 +73,8 @@ class _Job:
     problem: str = ""
     encoding: Any = None
     ends: bool = False  # with a trained EOS
+    appended: bool = False  # which the text itself does not end with
+    first_bytes: int = 0  # of the first token, which is never trained on
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -91,6 +93,19 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+@dataclass(slots=True)
+class _Positions:
+    """Of a batch's tokens: where each ends and how long it is, in bytes; of its rows: the start, and if that holds."""
+
+    ends: np.ndarray
+    lengths: np.ndarray
+    before: list[int]
+    fits: list[bool]
+
+
+_EDGES = (offsets.first_token, offsets.end_token)
+
+
 class Encoder:
     """Prepared rows → token rows, under the `tokenize` section of params.yaml."""
 
@@ -107,9 +122,11 @@ class Encoder:
         add_eos: bool = True,
     ) -> None:
         self.chat = ChatTemplate(tokenizer, chat_template)
-        self.backend = exact_backend(tokenizer)
-        # Whether the tokenizer puts special tokens behind a text.
-        self._appends = bool(self.backend.encode("a").special_tokens_mask[-1])
+        self.backend = offsets.exact_backend(tokenizer)
+        self._byte_lengths = offsets.byte_lengths(self.backend)
+        # How many tokens the tokenizer puts before and behind a text.
+        added = self.backend.encode("a").special_tokens_mask
+        self._prefix, self._suffix = added.index(0), added[::-1].index(0)
         self._bos, self._eos = tokenizer.bos_token, tokenizer.eos_token_id
         self._max_length, self._over_length, self._overlap = max_length, over_length, max(overlap, 1)
         self._train_on, self._marker, self._add_eos = train_on, answer_marker, add_eos
@@ -131,12 +148,12 @@ class Encoder:
 
     def _encode_batch(self, rows: Sequence[PreparedRow]) -> list[_Job]:
         jobs = [self._render(row) for row in rows]
+        encode_batch = self.backend.encode_batch if self._byte_lengths is None else self.backend.encode_batch_fast
         for special in (True, False):
             chosen = [job for job in jobs if job.rendered and job.rendered.special is special]
             if chosen:
                 texts = [job.rendered.text for job in chosen if job.rendered]
-                encodings = self.backend.encode_batch(texts, add_special_tokens=special)
-                for job, encoding in zip(chosen, encodings, strict=True):
+                for job, encoding in zip(chosen, encode_batch(texts, add_special_tokens=special), strict=True):
                     job.encoding = encoding
         return jobs
 
@@ -183,18 +200,8 @@ class Encoder:
         values = [self._values(job) for job in jobs]
         ids = np.fromiter(chain.from_iterable(values), dtype=np.int32)
         borders = np.concatenate([[0], np.cumsum([len(row) for row in values])])
-        mask = np.zeros(len(ids), dtype=bool)
         begins = borders.tolist()
-        for job, begin, end in zip(jobs, begins, begins[1:], strict=False):
-            if job.rendered and job.rendered.spans:
-                for span in job.rendered.spans:
-                    first = begin + _first_token(job.encoding, span.start, job.rendered.text)
-                    last = end
-                    if self._appends or span.end < len(job.rendered.text):
-                        last = min(begin + _end_token(job.encoding, span.end, job.rendered.text), end)
-                    mask[first:last] = True
-                if job.ends:
-                    mask[end - 1] = True
+        mask = self._mask(jobs, ids, begins)
         mask[borders[:-1][np.diff(borders) > 0]] = False
         trained = np.concatenate([[0], np.cumsum(mask)])[borders]
         counts = np.diff(trained).tolist()
@@ -203,16 +210,71 @@ class Encoder:
             for job, begin, end, count in zip(jobs, begins, begins[1:], counts, strict=False)
         ]
 
+    def _mask(self, jobs: Sequence[_Job], ids: np.ndarray, begins: list[int]) -> np.ndarray:
+        """The tokens that overlap a span, and each EOS at the end of one."""
+        mask = np.zeros(len(ids), dtype=bool)
+        located = self._positions(jobs, ids, begins)
+        starts, stops = [], []
+        for i, (job, begin, end) in enumerate(zip(jobs, begins, begins[1:], strict=False)):
+            if not job.rendered or not job.rendered.spans:
+                continue
+            text = job.rendered.text
+            if located and located.fits[i]:
+                job.first_bytes = int(located.lengths[begin])
+                for span in job.rendered.spans:
+                    starts.append(located.before[i] + offsets.size(text, span.start))
+                    stops.append(located.before[i] + offsets.size(text, span.end))
+            else:
+                encoding = self._located(job)
+                job.first_bytes = offsets.size(text, offsets.place(encoding, 0, 1, 0))
+                for span in job.rendered.spans:
+                    first, last = (f(encoding, c, text) for f, c in zip(_EDGES, (span.start, span.end), strict=True))
+                    mask[begin + first : min(begin + last, end)] = True
+            if job.ends:
+                mask[end - 1] = True
+        if located:
+            firsts = np.searchsorted(located.ends, starts, side="right").tolist()
+            lasts = np.searchsorted(located.ends, stops, side="left").tolist()
+            for first, last in zip(firsts, lasts, strict=True):
+                mask[first : last + 1] = True
+        return mask
+
+    def _positions(self, jobs: Sequence[_Job], ids: np.ndarray, begins: list[int]) -> _Positions | None:
+        """Where each token of a batch ends, in bytes, if the tokenizer's are known."""
+        if self._byte_lengths is None:
+            return None
+        lengths = self._byte_lengths[ids]
+        for job, begin, end in zip(jobs, begins, begins[1:], strict=False):
+            # What was added to the text stands for none of its bytes.
+            if job.ends and job.appended:
+                lengths[end - 1] = 0
+            if job.rendered and job.rendered.special:
+                lengths[begin : begin + self._prefix] = 0
+        ends = np.cumsum(lengths)
+        before = np.concatenate([[0], ends])[begins].tolist()
+        fits = [
+            job.rendered is not None and stop - start == offsets.size(job.rendered.text)
+            for job, start, stop in zip(jobs, before, before[1:], strict=False)
+        ]
+        return _Positions(ends, lengths, before, fits)
+
+    def _located(self, job: _Job) -> Any:
+        """The row's encoding with offsets."""
+        if self._byte_lengths is None or not job.rendered:
+            return job.encoding
+        return self.backend.encode(job.rendered.text, add_special_tokens=job.rendered.special)
+
     def _values(self, job: _Job) -> list[int]:
         """A row's token ids, EOS at their end if it belongs there."""
         if not job.rendered:
             return []
         values: list[int] = job.encoding.ids
-        if job.rendered.special and values and values[-1] == self._eos and job.encoding.special_tokens_mask[-1]:
-            values.pop()  # the tokenizer appends EOS by itself: whether there is one is add_eos's to say
+        if job.rendered.special and self._suffix:
+            del values[-self._suffix :]  # whether there is an EOS is add_eos's to say
         job.ends = bool(job.rendered.eos and job.rendered.spans)
         if job.ends and not (values and values[-1] == self._eos):
             values.append(self._eos)
+            job.appended = True
         return values
 
     def _result(self, job: _Job, ids: np.ndarray, mask: np.ndarray, trained: int) -> Encoded:
@@ -224,13 +286,16 @@ class Encoder:
         if not trained:
             return Encoded(row.source, [], length, characters, "nothing_to_learn")
         if length <= self._max_length:
-            return Encoded(row.source, [_token_row(job, ids, mask, 0)], length, characters)
+            size = sum(offsets.size(rendered.text[span.start : span.text_end]) for span in rendered.spans)
+            size -= job.first_bytes if rendered.spans[0].start == 0 else 0
+            return Encoded(row.source, [TokenRow(row.id, row.source, ids, mask, size, False)], length, characters)
         if self._over_length in ("drop", "error"):
             message = (
                 f"{row.source}: has {length} tokens; raise tokenize.max_length ({self._max_length}) "
                 "or set tokenize.over_length: truncate"
             )
             return Encoded(row.source, [], length, characters, "too_long", message)
+        job.encoding = self._located(job)
         cut = self._windows if self._over_length == "split" and row.text is not None else self._truncate
         rows = list(cut(job, ids, mask))
         return Encoded(row.source, rows, length, characters, None if rows else "nothing_to_learn")
@@ -239,10 +304,10 @@ class Encoder:
         """All but the start of the prompt, and only when the prompt is gone, without the end of the answer."""
         assert job.rendered  # noqa: S101
         # One token must precede the first of the answer, to predict it from.
-        limit = max(_first_token(job.encoding, job.rendered.answer, job.rendered.text) - 1, 0)
+        limit = max(offsets.first_token(job.encoding, job.rendered.answer, job.rendered.text) - 1, 0)
         first = min(len(ids) - self._max_length, limit)
         kept = np.arange(first, first + self._max_length)
-        if job.rendered.special and job.encoding.special_tokens_mask[0]:
+        if job.rendered.special and self._prefix:
             kept[0] = 0  # a model that was trained with BOS at the start is lost without it
         kept_mask = mask[kept]
         kept_mask[0] = False
@@ -250,7 +315,7 @@ class Encoder:
             yield _token_row(job, ids[kept], kept_mask, first, truncated=True)
 
     def _windows(self, job: _Job, ids: np.ndarray, mask: np.ndarray) -> Iterator[TokenRow]:
-        """Windows over a text; what one repeats from the one before is context, so that no token is trained on twice."""
+        """Windows over a text. What one repeats from the one before is context: no token is trained on twice."""
         first = number = 0
         while True:
             kept = mask[first : first + self._max_length].copy()
@@ -266,64 +331,16 @@ class Encoder:
 def _token_row(
     job: _Job, ids: np.ndarray, mask: np.ndarray, first: int, *, truncated: bool = False, window: int | None = None
 ) -> TokenRow:
-    """The token row of a row's tokens from `first` on, with the bytes of text that its mask covers."""
+    """The token row of a cut row's tokens from `first` on, with the bytes of text that its mask covers."""
     assert job.rendered  # noqa: S101
-    spans, text = job.rendered.spans, job.rendered.text
-    low, high = 0, len(text)
-    if truncated or window is not None or spans[0].start == 0:
-        trained = np.flatnonzero(mask)
-        low = _place(job.encoding, first + int(trained[0]), 0, high)
-        high = _place(job.encoding, first + int(trained[-1]), 1, high)
+    text, trained = job.rendered.text, np.flatnonzero(mask)
+    low = offsets.place(job.encoding, first + int(trained[0]), 0, len(text))
+    high = offsets.place(job.encoding, first + int(trained[-1]), 1, len(text))
     size = 0
-    for span in spans:
-        size += len(text[max(span.start, low) : min(span.text_end, high)].encode())
+    for span in job.rendered.spans:
+        size += offsets.size(text[max(span.start, low) : min(span.text_end, high)])
     name = job.row.id if window is None else f"{job.row.id}-{window}"
     return TokenRow(name, job.row.source, ids, mask, size, truncated)
-
-
-def exact_backend(tokenizer: Any) -> Any:
-    """A fast tokenizer's own, without truncation and padding, and with offsets that white space is not trimmed from."""
-    import tokenizers
-
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["truncation"] = state["padding"] = None
-    pending = [state["post_processor"]]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, dict):
-            if "trim_offsets" in node:
-                node["trim_offsets"] = False
-            pending += node.get("processors", [])
-    return tokenizers.Tokenizer.from_str(json.dumps(state))
-
-
-def _first_token(encoding: Any, char: int, text: str) -> int:
-    """The first token that reaches beyond the place `char`."""
-    if char >= len(text):
-        return len(encoding)
-    token = encoding.char_to_token(char)
-    if token is not None:
-        return int(token)
-    return next((i for i, (_, end) in enumerate(encoding.offsets) if end > char), len(encoding))
-
-
-def _end_token(encoding: Any, char: int, text: str) -> int:
-    """One past the last token that begins before the place `char`."""
-    if char >= len(text):
-        end = len(encoding)
-        while end and encoding.token_to_chars(end - 1) is None:  # special tokens that the tokenizer added
-            end -= 1
-        return end
-    token = encoding.char_to_token(char)
-    if token is not None:
-        return int(token) + int(encoding.token_to_chars(token)[0] < char)
-    return next((i for i, (begin, _) in enumerate(encoding.offsets) if begin >= char), len(encoding))
-
-
-def _place(encoding: Any, token: int, edge: int, otherwise: int) -> int:
-    """Where a token's characters begin (edge 0) or end (1); of an appended EOS, `otherwise`."""
-    chars = encoding.token_to_chars(token) if token < len(encoding) else None
-    return int(chars[edge]) if chars else otherwise
 
 
 def _batches(rows: Iterable[PreparedRow], size: int) -> Iterator[Sequence[PreparedRow]]:

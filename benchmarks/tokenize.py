@@ -65,10 +65,10 @@ def tokenize_stage(tokenizer: Any, folder: Path) -> int:
     """What `python -m stages.tokenize` does: read JSONL, encode, mask, count, write Parquet."""
     import pyarrow
 
+    from stages.text.encode import Encoder
     from stages.text.lengths import Tally, fallback_ids
     from stages.text.parquet import write_tokens
     from stages.text.prepared import read_prepared
-    from stages.text.tokens import Encoder
 
     encoder = Encoder(tokenizer, max_length=4096, train_on="completion")
     tally = Tally(fallback_ids(encoder.backend))

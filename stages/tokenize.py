@@ -16,10 +16,11 @@ from typing import Annotated, Any
 import typer
 
 from stages import base, console, files, params
+from stages.text.encode import Encoded, Encoder
 from stages.text.lengths import Tally, fallback_ids
 from stages.text.prepared import read_prepared
 from stages.text.split import SPLITS
-from stages.text.tokens import Encoded, Encoder, TokenRow, load_tokenizer
+from stages.text.tokens import TokenRow, load_tokenizer
 
 _COLUMNS = (*SPLITS, "all")
 

@@ -23,7 +23,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Characters `start` to `end` are learned; the end-of-turn token, if there is one, lies from `text_end` to `end`."""
+    """Characters `start` to `end` are learned; the end-of-turn token, if there is one, lies from `text_end` on."""
 
     start: int
     end: int
@@ -41,7 +41,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """A template's words around the turns: words[0], turn, words[1], …; an answer's borders as (words, offset there)."""
+    """A template's words around the turns: words[0], turn, words[1], …; answers' borders as (words, offset there)."""
 
     words: list[str]
     answers: list[tuple[tuple[int, int], tuple[int, int], tuple[int, int]]]  # start, end, text end

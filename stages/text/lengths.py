@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from stages.text.encode import REASONS, Encoded
 from stages.text.ledger import Ledger
 from stages.text.offsets import byte_alphabet, is_byte_level
 from stages.text.split import SPLITS
-from stages.text.tokens import REASONS, Encoded, TokenRow
+from stages.text.tokens import TokenRow
 
 COUNTED = ("truncated", "split", "rows", "tokens", "trained_tokens", "characters", "fallback_tokens")
 _PERCENTILES = (50, 90, 95, 99)

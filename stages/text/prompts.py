@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.text import clean
+from stages.text.encode import Encoder
 from stages.text.shapes import Shapes
-from stages.text.tokens import Encoder
 
 
 @dataclass(frozen=True)

@@ -104,8 +104,10 @@ class ChatTemplate:
         answers = _fit(text, skeleton, messages) or self._by_turns(text, messages, tools)
         if marks:
             answers = [self._marked(text, start, end) for start, end in marks]
-        last = messages[-1]["role"] == "assistant"
-        return Conversation(text, answers, open_end=bool(last and answers and answers[-1].end == answers[-1].text_end))
+        open_end = bool(messages[-1]["role"] == "assistant" and answers)
+        if open_end:
+            open_end = self._shut(text, answers[-1].start, answers[-1].end) == answers[-1].end
+        return Conversation(text, answers, open_end)
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, *, ask: bool = False, marks: bool = False
@@ -148,15 +150,15 @@ class ChatTemplate:
             if message["role"] == "assistant":
                 before = sum(1 for j in spoken if j < i)
                 origin = borders[2 * before]
-                start, end = self._asked(text, marked, tools, i), self._told(text, marked, tools, i)
+                start = self._asked(text, marked, tools, i)
                 if i in places:
                     start = places[i] if start is None or start < origin else min(start, places[i])
                     after = places[i] + len(_marker(i))
-                    end = self._trimmed(text, after, max(end, after))
+                    end = self._trimmed(text, after, after + self._tail(text[after:], marked, tools, i))
                     answers.append(((before, start - origin), (before + 1, end - after), (before + 1, 0)))
                 else:
                     start = origin if start is None else max(start, origin)
-                    end = self._trimmed(text, start, max(end, start))
+                    end = self._trimmed(text, start, max(self._told(text, marked, tools, i), start))
                     shut = self._shut(text, start, end)
                     answers.append(((before, start - origin), (before, end - origin), (before, shut - origin)))
         return _Skeleton(words, answers)
@@ -172,6 +174,13 @@ class ChatTemplate:
         """How far the text agrees with what the turns up to `index` make."""
         try:
             return _common(text, self.render(messages[: index + 1], tools))
+        except ValueError:
+            return 0
+
+    def _tail(self, rest: str, messages: Sequence[Message], tools: Any, index: int) -> int:
+        """How far what follows a turn's content agrees with what follows it when the turn is the last."""
+        try:
+            return _common(rest, self.render(messages[: index + 1], tools).partition(_marker(index))[2])
         except ValueError:
             return 0
 

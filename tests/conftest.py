@@ -1,0 +1,45 @@
+"""Fixtures that several test modules share: a tiny model on disk, and rows for it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# No test talks to a network, whatever it calls.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test has a store of its own; the BLAS that this process loaded stays."""
+    store = tmp_path / "store"
+    monkeypatch.setenv("LORABUILD_STORE", str(store))
+    return store
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A randomly initialised Llama of 3 layers with a byte-level tokenizer, in the Hugging Face layout."""
+    from tests.tiny import write_llama
+
+    return write_llama(tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with params.yaml and rows, the tiny model as its base; the working directory of the test."""
+    from tests.tiny import small_params
+
+    folder = tmp_path / "project"
+    (folder / "data" / "raw").mkdir(parents=True)
+    (folder / "params.yaml").write_text(small_params(source=str(tiny_llama)), encoding="utf-8")
+    rows = [{"question": f"{a} 더하기 {b}는?", "answer": f"{a + b}이다."} for a in range(8) for b in range(5)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (folder / "data" / "raw" / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "data" / "prompts.jsonl").write_text('{"question": "9 더하기 9는?"}\n', encoding="utf-8")
+    monkeypatch.chdir(folder)
+    yield folder

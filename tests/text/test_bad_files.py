@@ -111,7 +111,11 @@ BAD: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", chat({"role": "user", "content": [1]}), "{}:1: turn 1 (user): 'content' must be text, not list"),
     ("a.jsonl", '{"messages": {}}\n', "{}:1: 'messages' must be a list of turns, not dict"),
     ("a.jsonl", '{"conversations": "hi"}\n', "{}:1: 'conversations' is text, but not JSON; it must be a list"),
-    ("a.jsonl", '{"messages": [{"role": "user", "content": "u"}], "tools": [1]}', "{}:1: 'tools' must be a list of obje"),
+    (
+        "a.jsonl",
+        '{"messages": [{"role": "user", "content": "u"}], "tools": [1]}',
+        "{}:1: 'tools' must be a list of obje",
+    ),
     # Files
     ("a.xlsx", "", "a.xlsx: not a kind of file that is known here; bring .jsonl, .json, .csv"),
 ]

@@ -66,7 +66,8 @@ def test_white_space_that_the_template_trims() -> None:
 
 def test_a_template_s_own_marks_go_first() -> None:
     template = (
-        HEAD + "{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.content }}!{% endgeneration %}"
+        HEAD
+        + "{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.content }}!{% endgeneration %}"
         "<|im_end|>\n{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}" + TAIL
     )
     assert learned(template) == ["ONE!<|im_end|>", "TWO!<|im_end|>"]
@@ -107,7 +108,10 @@ NOTICED = [
     ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "changes the order of the turns"),
     (HEAD + "{{ m.content[:20] }}{% endfor %}", "leaves out or changes content of turn 3 (assistant)"),
     (HEAD + "{{ m.content.split('</think>')[-1] }}{% endfor %}", "leaves out or changes content of turn 3 (assistant)"),
-    ("{{ raise_exception('system is not for me') }}", "rejects the turns system, user, assistant: system is not for me"),
+    (
+        "{{ raise_exception('system is not for me') }}",
+        "rejects the turns system, user, assistant: system is not for me",
+    ),
     (HEAD + "{{ m.nothing.at.all }}{% endfor %}", "rejects the turns system, user, assistant: "),
     ("{% for", "rejects the turns system, user, assistant: "),
 ]

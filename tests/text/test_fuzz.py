@@ -48,8 +48,10 @@ def test_no_bytes_break_a_reader(name: str, content: bytes, packed: bool) -> Non
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "tool_calls", "x"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "tool_calls", "x"]), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 columns = st.sampled_from(["text", "prompt", "completion", "question", "answer", "messages", "conversations", "tools"])

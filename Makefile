@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format constraints doctor clean
+.PHONY: help setup demo test fault-test lint format constraints doctor clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ demo: setup ## Fetch the default base model, run the whole pipeline, show the re
 
 test: $(VENV)/.dev lint ## Lint, check types, run the tests
 	@python -m pytest
+
+fault-test: $(VENV)/.dev ## Kill training at 20 random moments and compare what it ends in
+	@python -m tests.faults
 
 lint: $(VENV)/.dev ## Lint and check types
 	@ruff format --check .

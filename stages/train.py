@@ -1,4 +1,4 @@
-"""Train a LoRA adapter on the token rows.
+"""Train a LoRA adapter on the token rows; interrupted, go on where it stood.
 
 data/tokens + artifacts/base.json → artifacts/adapter: `python -m stages.train data/tokens --out artifacts/adapter`
 """
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stages import base, console, files, params
+from stages import base, console, files, params, resume
 
 if TYPE_CHECKING:
-    from stages.lora.loop import Step
+    from stages.lora.loop import Event, TrainConfig, Trainer
 
 
 def train(
@@ -31,113 +31,135 @@ def train(
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:
-    """Adapt the last `lora.layers` layers' `lora.targets` to the training rows, in mlx-lm's adapter format."""
-    from stages.lora import adapter, loop
-    from stages.lora.model import load_base
+    """Adapt the last `lora.layers` layers' `lora.targets` to the training rows, in mlx-lm's adapter format.
+
+    Its state is saved as it goes, under `artifacts/checkpoints`. Interrupted at any moment, by whatever, the same
+    command goes on and ends in the same bytes; with other parameters, rows or another base it starts afresh.
+    """
+    from stages.lora import adapter, record
+    from stages.lora.checkpoint import Checkpoints, fingerprint
+    from stages.lora.loop import Trainer
     from stages.text.parquet import read_tokens
 
     started = time.perf_counter()
     settings = params.load(params_file, overrides or ())
     manifest = base.read(base_file)
-    rows = {
-        name: read_tokens(tokens / f"{name}.parquet", tokenizer=manifest.tokenizer_identity)
-        for name in ("train", "valid")
-    }
+    splits = {name: tokens / f"{name}.parquet" for name in ("train", "valid")}
+    rows = {name: read_tokens(path, tokenizer=manifest.tokenizer_identity) for name, path in splits.items()}
+    model, lora = _adapted_model(settings, manifest)
+    config = _config(settings, len(rows["train"]))
+    run = fingerprint(
+        params=settings.model_dump(include={"seed", "lora", "train"}) | {"dtype": settings.model.dtype},
+        tokens={name: files.sha256(path) for name, path in splits.items()},
+        base=manifest.identity,
+    )
+    checkpoints = Checkpoints(resume.checkpoint_root(), run)
+    trainer = Trainer(model, rows["train"], rows["valid"], config)
+    _warn_of_memory(model, rows["train"], config)
+    clock = _Clock(started)
+    with resume.lock(checkpoints):
+        with console.progress("training", total=config.steps) as advance:
+            resume.run(
+                trainer,
+                checkpoints,
+                steps_per_save=settings.runtime.steps_per_save,
+                report=lambda event: _report(event, clock.rate(trainer), advance),
+            )
+        trainer.finish()
+        with files.replacing(out) as draft:
+            adapter.save(draft, model, lora)
+        for name, text in record.curves(trainer.progress).items():
+            files.write_text(plots / name, text)
+        summary = record.summary(trainer)
+        files.write_json(metrics, summary)
+        files.write_json(timing, clock.figures(trainer))
+        checkpoints.clear()
+    console.table(f"Training → {out}", ("", "value"), ((name.replace("_", " "), v) for name, v in summary.items()))
+
+
+def _adapted_model(settings: params.Params, manifest: base.Base) -> tuple[Any, Any]:
+    """The base model with a fresh adapter, and the adapter's config."""
+    from stages.lora import adapter
+    from stages.lora.model import load_base
+
+    directory = base.locate(manifest)
     with console.progress("loading the base model"):
-        model, _ = load_base(
-            base.locate(manifest), dtype=settings.model.dtype, trust_remote_code=settings.model.trust_remote_code
-        )
-    lora = settings.lora
+        model, _ = load_base(directory, dtype=settings.model.dtype, trust_remote_code=settings.model.trust_remote_code)
+    wanted = settings.lora
     config = adapter.LoraConfig(
-        rank=lora.rank,
-        scale=lora.alpha / lora.rank,
-        dropout=lora.dropout,
-        keys=adapter.resolve(model, lora.targets, layers=lora.layers),
-        layers=lora.layers,
+        rank=wanted.rank,
+        scale=wanted.alpha / wanted.rank,
+        dropout=wanted.dropout,
+        keys=adapter.resolve(model, wanted.targets, layers=wanted.layers),
+        layers=wanted.layers,
     )
     modules = adapter.attach(model, config, seed=settings.seed)
-
-    options = settings.train
-    total = loop.count_steps(
-        len(rows["train"]), batch_size=options.batch_size, epochs=options.epochs, iters=options.iters
-    )
     trainable = sum(array.size for array in adapter.weights(model).values())
     console.say(f"{len(modules)} modules adapted, {trainable:,} trainable parameters")
-    console.say(f"{len(rows['train']):,} rows, {total:,} updates of {options.batch_size} rows")
-    history: list[Step] = []
-    loop_started = time.perf_counter()
-    with console.progress("training", total=total) as advance:
-        for step in loop.train_steps(
-            model,
-            rows["train"],
-            rows["valid"],
-            steps=total,
-            seed=settings.seed,
-            **options.model_dump(exclude={"epochs", "iters", "steps_per_report"}),
-        ):
-            history.append(step)
-            advance(1)
-            _report(history, options.steps_per_report, loop_started)
-
-    with files.replacing(out) as draft:
-        adapter.save(draft, model, config)
-    _write_curves(plots, history, options.steps_per_report)
-    summary = _summary(history)
-    files.write_json(metrics, summary)
-    files.write_json(timing, _timing(history, started, loop_started))
-    console.table(
-        f"Training → {out}", ("", "value"), ((name.replace("_", " "), value) for name, value in summary.items())
-    )
+    return model, config
 
 
-def _mean_loss(steps: list[Step]) -> float:
-    return sum(s.loss * s.trained_tokens for s in steps) / sum(s.trained_tokens for s in steps)
+def _config(settings: params.Params, rows: int) -> TrainConfig:
+    from stages.lora.loop import TrainConfig, updates_per_epoch
+
+    options = settings.train.model_dump(exclude={"epochs", "iters"})
+    options["betas"] = tuple(options["betas"])
+    per_epoch = updates_per_epoch(rows, rows_per_update=options["batch_size"] * options["grad_accumulation"])
+    steps = settings.train.iters or (settings.train.epochs or 0) * per_epoch
+    config = TrainConfig(steps=steps, seed=settings.seed, **options)
+    console.say(f"{rows:,} rows, {steps:,} updates of {config.rows_per_update} rows, {per_epoch:,} an epoch")
+    return config
 
 
-def _report(history: list[Step], every: int, started: float) -> None:
-    last = history[-1]
-    if last.valid_loss is not None:
-        console.say(f"step {last.step:>5}  validation loss {last.valid_loss:.4f}")
-    if last.step % every == 0:
-        rate = sum(s.real_tokens for s in history) / (time.perf_counter() - started)
-        console.say(f"step {last.step:>5}  loss {_mean_loss(history[-every:]):.4f}  {rate:,.0f} tokens/s")
+def _warn_of_memory(model: Any, rows: Any, config: TrainConfig) -> None:
+    from stages.lora import memory
+
+    size, recompute = config.batch_size, config.grad_checkpoint
+    needed = memory.estimate(model, rows, batch_size=size, grad_checkpoint=recompute)
+    if advice := memory.advice(needed, batch_size=size, grad_checkpoint=recompute):
+        console.warn(advice)
 
 
-def _write_curves(folder: Path, history: list[Step], every: int) -> None:
-    """Two tables for `dvc plots`: the training loss of every report, the validation loss of every validation."""
-    reports = [history[max(i - every, 0) : i] for i in range(every, len(history) + every, every)]
-    loss = [f"{part[-1].step},{_mean_loss(part):.5f},{part[-1].learning_rate:.6g}\n" for part in reports]
-    valid = [f"{s.step},{s.valid_loss:.5f}\n" for s in history if s.valid_loss is not None]
-    files.write_text(folder / "loss.csv", "step,loss,learning_rate\n" + "".join(loss))
-    files.write_text(folder / "valid_loss.csv", "step,valid_loss\n" + "".join(valid))
-
-
-def _summary(history: list[Step]) -> dict[str, Any]:
-    validations = [s.valid_loss for s in history if s.valid_loss is not None]
-    tail = history[-max(len(history) // 10, 1) :]
-    summary = {
-        "steps": len(history),
-        "epochs": history[-1].epoch,
-        "trained_tokens": sum(s.trained_tokens for s in history),
-        "loss": round(_mean_loss(tail), 4),
-    }
-    if validations:
-        summary |= {"valid_loss_before": round(validations[0], 4), "valid_loss": round(validations[-1], 4)}
-    return summary
-
-
-def _timing(history: list[Step], started: float, loop_started: float) -> dict[str, Any]:
+def _report(event: Event, rate: float, advance: Any) -> None:
+    """A line for a report or a validation; on a terminal, the bar tells the rest."""
     import mlx.core as mx
 
-    real, padded = sum(s.real_tokens for s in history), sum(s.padded_tokens for s in history)
-    seconds = time.perf_counter() - loop_started
-    return {
-        "seconds": round(time.perf_counter() - started, 3),
-        "seconds_to_first_update": round(loop_started - started, 3),
-        "tokens_per_second": round(real / seconds, 2),
-        "padded_share": round(padded / (real + padded), 4),
-        "peak_memory_bytes": mx.get_peak_memory(),
-    }
+    report, validation = event.report, event.validation
+    line = f"step {event.step:>5}"
+    if report:
+        line += f"  loss {report.loss:.4f}  {rate:,.0f} tokens/s"
+    if validation:
+        line += f"  validation loss {validation.loss:.4f}"
+    if report or validation:
+        console.say(line)
+    advance(to=event.step, status=f"{rate:,.0f} tokens/s, {mx.get_peak_memory() / 1e9:.1f} GB")
+
+
+class _Clock:
+    """Speed of this process, which may take up a run where another left it."""
+
+    def __init__(self, started: float) -> None:
+        self.started = started
+        self.first: tuple[float, int] | None = None  # when the first event came, and the tokens counted by then
+
+    def rate(self, trainer: Trainer) -> float:
+        """Tokens of rows (prompts included, padding not) a second, since the first event."""
+        tokens, now = trainer.progress.total.real_tokens, time.perf_counter()
+        if self.first is None:
+            self.first = (now, tokens)
+        since, before = self.first
+        return (tokens - before) / max(now - since, 1e-9)
+
+    def figures(self, trainer: Trainer) -> dict[str, Any]:
+        import mlx.core as mx
+
+        rate = self.rate(trainer)
+        return {
+            "seconds": round(time.perf_counter() - self.started, 3),
+            "seconds_to_first_event": round((self.first or (self.started, 0))[0] - self.started, 3),
+            "tokens_per_second": round(rate, 2),
+            "peak_memory_bytes": mx.get_peak_memory(),
+        }
 
 
 if __name__ == "__main__":

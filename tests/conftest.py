@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-# No test talks to a network, whatever it calls.
+# No test talks to a network, whatever it calls, nor to the user's own store: the fast BLAS is loaded, and its copy
+# made, when the first test module imports the core.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["LORABUILD_STORE"] = tempfile.mkdtemp(prefix="lorabuild-tests-")
+atexit.register(shutil.rmtree, os.environ["LORABUILD_STORE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -70,9 +70,9 @@ def attach(model: nn.Module, config: LoraConfig, *, seed: int) -> list[str]:
     first = len(model.layers) - config.layers
     names = {id(module): name for name, module in model.named_modules()}
     for layer in model.layers[first:]:
-        for key, linear in layer.named_modules():
-            if key not in config.keys:
-                continue
+        modules = dict(layer.named_modules())
+        for key in config.keys:
+            linear = modules[key]
             lora = LoRALinear.from_base(linear, r=config.rank, dropout=config.dropout, scale=config.scale)
             width, rank = lora.lora_a.shape
             if rank > min(width, lora.lora_b.shape[1]):

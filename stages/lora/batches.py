@@ -34,6 +34,11 @@ class Batch:
     def trained_tokens(self) -> int:
         return len(self.rows_N)
 
+    @property
+    def padded_tokens(self) -> int:
+        rows, length = self.inputs_BxL.shape
+        return rows * (length + 1) - self.real_tokens
+
 
 def epoch_batches(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Each row's index exactly once, in batches of rows of like length; one batch may be shorter than the others."""

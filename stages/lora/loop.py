@@ -1,113 +1,322 @@
-"""The training loop: yields a report after each update, prints nothing, writes nothing."""
+"""The training loop: reports after each update, prints nothing, writes nothing, and can stop and go on anywhere.
+
+Nothing random outlives an update: the rows of update number n and the dropout in it follow from (seed, n) alone. So a
+snapshot needs just the weights, the optimizer's moments and what has been counted so far.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
+import numpy as np
+from mlx.optimizers import clip_grad_norm
+from mlx.utils import tree_flatten
 
+from stages.lora import adapter
 from stages.lora.batches import Batch, collate, epoch_batches, sorted_batches
-from stages.lora.loss import mean_loss, narrow_head
+from stages.lora.loss import narrow_head, sum_loss
+from stages.lora.memory import recompute_activations
+from stages.lora.optimizer import (
+    OptimizerName,
+    ScheduleName,
+    flat_state,
+    learning_rate,
+    make_optimizer,
+    restore_state,
+)
 from stages.lora.score import score_batch
 from stages.text.tokens import TokenRow
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All that shapes a run besides model and rows. An update sees `batch_size * grad_accumulation` rows."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    grad_accumulation: int = 1
+    optimizer: OptimizerName = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    schedule: ScheduleName = "constant"
+    warmup_steps: int = 0
+    final_learning_rate: float = 0.0
+    max_grad_norm: float | None = None
+    grad_checkpoint: bool = False
+    steps_per_report: int = 1
+    steps_per_eval: int = 100
+    val_batches: int = -1
+    keep: Literal["best", "last"] = "last"
+    patience: int | None = None
+
+    @property
+    def rows_per_update(self) -> int:
+        return self.batch_size * self.grad_accumulation
+
+
+@dataclass
+class Sums:
+    """What some updates amount to."""
+
+    updates: int = 0
+    rows: int = 0
+    loss_sum: float = 0.0  # nats, before each update
+    trained_tokens: int = 0
+    real_tokens: int = 0
+    padded_tokens: int = 0
+    grad_norm_sum: float = 0.0
+
+    def add(self, other: Sums) -> None:
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.trained_tokens
+
+
 @dataclass(frozen=True)
-class Step:
-    """One optimizer update. `loss` is the mean over its trained tokens, before the update."""
+class Report:
+    """The updates since the last report: loss over all their trained tokens, mean gradient norm before clipping."""
 
     step: int
-    epoch: int
     loss: float
     learning_rate: float
-    trained_tokens: int
-    real_tokens: int
-    padded_tokens: int
-    valid_loss: float | None
+    grad_norm: float
 
 
-def count_steps(rows: int, *, batch_size: int, epochs: int | None, iters: int | None) -> int:
-    """Updates of a run: `iters`, or as many as `epochs` passes over the rows take."""
-    return iters if iters is not None else (epochs or 0) * math.ceil(rows / batch_size)
+@dataclass(frozen=True)
+class Validation:
+    """The validation loss after update number `step`; 0 is before the first."""
+
+    step: int
+    loss: float
 
 
-def warmup_schedule(learning_rate: float, warmup_steps: int):  # type: ignore[no-untyped-def]
-    """The learning rate of update number `step` (from 0): linear up to `learning_rate`, then constant."""
+@dataclass
+class Progress:
+    """Where a run stands; plain values, for a checkpoint."""
 
-    def rate(step: mx.array) -> mx.array:
-        return learning_rate * mx.minimum(1.0, (step + 1) / max(warmup_steps, 1))
+    step: int = 0
+    stopped_early: bool = False
+    total: Sums = field(default_factory=Sums)
+    since_report: Sums = field(default_factory=Sums)
+    reports: list[Report] = field(default_factory=list)
+    validations: list[Validation] = field(default_factory=list)
 
-    return rate
+    @property
+    def best(self) -> Validation | None:
+        """The validation with the lowest loss, the earliest of equals, not counting the one before the first update."""
+        return min((v for v in self.validations if v.step > 0), key=lambda v: v.loss, default=None)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Progress:
+        """Undo `dataclasses.asdict`."""
+        return cls(
+            step=content["step"],
+            stopped_early=content["stopped_early"],
+            total=Sums(**content["total"]),
+            since_report=Sums(**content["since_report"]),
+            reports=[Report(**report) for report in content["reports"]],
+            validations=[Validation(**validation) for validation in content["validations"]],
+        )
 
 
-def train_steps(
-    model: nn.Module,
-    train: Sequence[TokenRow],
-    valid: Sequence[TokenRow],
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    weight_decay: float,
-    warmup_steps: int,
-    steps_per_eval: int,
-    val_batches: int,
-    seed: int,
-) -> Iterator[Step]:
-    """Update the model's trainable weights `steps` times, epoch after epoch, reporting each.
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that a run needs to go on: arrays by name, and the progress as plain values."""
 
-    Validation runs before the first update (reported with it), every `steps_per_eval` updates and after the last, on
-    the same `val_batches` batches each time (-1: all); it draws no random numbers, so it changes nothing else.
+    arrays: dict[str, mx.array]
+    progress: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened in one update, or before the first (step 0): a report or a validation may have fallen due."""
+
+    step: int
+    report: Report | None
+    validation: Validation | None
+
+
+def updates_per_epoch(rows: int, *, rows_per_update: int) -> int:
+    """Updates that see each row once; the last of them may see fewer rows."""
+    return math.ceil(rows / rows_per_update)
+
+
+class Trainer:
+    """One run: a frozen model with a trainable adapter, its rows, its optimizer, its progress.
 
     Raises:
-        ValueError: a loss is NaN or infinite.
+        ValueError: there are no rows to train on, or none to validate on although something depends on it.
     """
-    narrow_head(model)
-    mx.random.seed(seed)  # dropout draws from MLX's global state
-    optimizer = optim.AdamW(
-        warmup_schedule(learning_rate, warmup_steps), weight_decay=weight_decay, bias_correction=True
-    )
-    value_and_grad = nn.value_and_grad(model, mean_loss)
-    valid_batches = validation_batches(valid, batch_size=batch_size, val_batches=val_batches)
-    valid_loss = _validate(model, valid_batches)
-    for step, (epoch, rows) in enumerate(_endless(train, batch_size=batch_size, seed=seed), start=1):
-        batch = collate(rows)
-        model.train()
-        loss, gradients = value_and_grad(model, batch)
-        rate = optimizer.learning_rate.item()
-        optimizer.update(model, gradients)
-        mx.eval(loss, model.trainable_parameters(), optimizer.state)
-        if not math.isfinite(loss.item()):
-            ids = ", ".join(row.id for row in rows)
-            raise ValueError(f"the loss is {loss.item()} at step {step} (learning rate {rate:.3g}, rows {ids})")
-        if step > 1 and (step % steps_per_eval == 0 or step == steps):
-            valid_loss = _validate(model, valid_batches)
-        yield Step(
+
+    def __init__(
+        self, model: nn.Module, train: Sequence[TokenRow], valid: Sequence[TokenRow], config: TrainConfig
+    ) -> None:
+        if not train:
+            raise ValueError("there are no rows to train on")
+        if mute := [row for row in train if not row.loss_mask[1:].any()]:
+            raise ValueError(f"row {mute[0].id} ({mute[0].source}) has no token to train on")
+        self.model, self.train, self.config = model, train, config
+        self.progress = Progress()
+        self._lengths = [len(row.input_ids) for row in train]
+        self._per_epoch = updates_per_epoch(len(train), rows_per_update=config.rows_per_update)
+        self._valid = validation_batches(valid, batch_size=config.batch_size, val_batches=config.val_batches)
+        if not self._valid and (config.keep == "best" or config.patience is not None):
+            raise ValueError(
+                "train.keep: best and train.patience need validation rows (train.val_batches, valid split)"
+            )
+        self._best: dict[str, mx.array] = {}
+        self._optimizer = make_optimizer(config.optimizer, betas=config.betas, weight_decay=config.weight_decay)
+        self._order: tuple[int, list[np.ndarray]] = (-1, [])
+        narrow_head(model)
+        if config.grad_checkpoint:
+            recompute_activations(model)
+        self._value_and_grad = nn.value_and_grad(model, sum_loss)
+
+    @property
+    def done(self) -> bool:
+        return self.progress.step >= self.config.steps or self.progress.stopped_early
+
+    def run(self) -> Iterator[Event]:
+        """Go on to the end, an event an update.
+
+        Validation is before the first update, every `steps_per_eval` updates and after the last, on the same rows each
+        time; it draws no random numbers.
+
+        Raises:
+            ValueError: a loss is NaN or infinite; weights and progress are then those of the update before.
+        """
+        if not self.progress.validations and self.progress.step == 0 and self._valid:
+            yield Event(0, None, self._validate())
+        while not self.done:
+            report = self._update()
+            step = self.progress.step
+            due = step % self.config.steps_per_eval == 0 or step == self.config.steps
+            validation = self._validate() if due and self._valid else None
+            yield Event(step, report, validation)
+
+    def finish(self) -> None:
+        """Put the weights to keep onto the model."""
+        if self.config.keep == "best" and self._best:
+            self.model.load_weights(list(self._best.items()), strict=False)
+
+    def snapshot(self) -> Snapshot:
+        """The state after the last update."""
+        arrays = {f"weights/{name}": array for name, array in adapter.weights(self.model).items()}
+        arrays |= {f"optimizer/{name}": array for name, array in flat_state(self._optimizer).items()}
+        arrays |= {f"best/{name}": array for name, array in self._best.items()}
+        return Snapshot(arrays, asdict(self.progress))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of the same run."""
+        parts: dict[str, dict[str, mx.array]] = {"weights": {}, "optimizer": {}, "best": {}}
+        for name, array in snapshot.arrays.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = array
+        self.model.load_weights(list(parts["weights"].items()), strict=False)
+        restore_state(self._optimizer, parts["optimizer"])
+        self._best = parts["best"]
+        self.progress = Progress.from_dict(snapshot.progress)
+
+    def _update(self) -> Report | None:
+        """One optimizer update over the next rows; a report if one is due."""
+        config, progress = self.config, self.progress
+        step = progress.step + 1
+        rows = self._rows(step)
+        rate = learning_rate(
             step,
-            epoch,
-            loss.item(),
-            rate,
-            batch.trained_tokens,
-            batch.real_tokens,
-            batch.inputs_BxL.size + len(rows) - batch.real_tokens,
-            valid_loss,
+            peak=config.learning_rate,
+            schedule=config.schedule,
+            warmup_steps=config.warmup_steps,
+            steps=config.steps,
+            final=config.final_learning_rate,
         )
-        valid_loss = None
-        if step == steps:
-            return
+        mx.random.seed(_dropout_seed(config.seed, step))
+        self.model.train()
+        gradients, done = self._gradients(rows)
+        norm = math.sqrt(sum(float(mx.square(gradient).sum()) for gradient in gradients.values()))
+        if not math.isfinite(done.loss_sum) or not math.isfinite(norm):
+            what = f"the loss is {done.loss}" if not math.isfinite(done.loss_sum) else f"the gradient's norm is {norm}"
+            ids = ", ".join(row.id for row in rows)
+            raise ValueError(
+                f"{what} at step {step} (learning rate {rate:.3g}, rows {ids}); "
+                "lower train.learning_rate, set train.max_grad_norm, or look at these rows"
+            )
+        if config.max_grad_norm is not None:
+            gradients, _ = clip_grad_norm(gradients, config.max_grad_norm)
+        self._optimizer.learning_rate = rate
+        weights = self._optimizer.apply_gradients(gradients, adapter.weights(self.model))
+        self.model.load_weights(list(weights.items()), strict=False)
+        mx.eval(weights, self._optimizer.state)
+        progress.step = step
+        done.grad_norm_sum = norm
+        progress.total.add(done)
+        progress.since_report.add(done)
+        return self._report(rate) if step % config.steps_per_report == 0 or step == config.steps else None
+
+    def _gradients(self, rows: Sequence[TokenRow]) -> tuple[dict[str, mx.array], Sums]:
+        """The gradients of the mean loss over the rows' trained tokens, whatever the micro-batches."""
+        size = self.config.batch_size
+        batches = [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        tokens = sum(batch.trained_tokens for batch in batches)
+        total: dict[str, mx.array] = {}
+        done = Sums(updates=1, rows=len(rows))
+        for batch in batches:
+            loss_sum, tree = self._value_and_grad(self.model, batch)
+            gradients = {name: gradient / tokens for name, gradient in tree_flatten(tree)}
+            total = {name: total[name] + gradient for name, gradient in gradients.items()} if total else gradients
+            # Evaluated now, so that one micro-batch's activations are in memory at a time.
+            mx.eval(loss_sum, total)
+            done.loss_sum += loss_sum.item()
+            done.trained_tokens += batch.trained_tokens
+            done.real_tokens += batch.real_tokens
+            done.padded_tokens += batch.padded_tokens
+        return total, done
+
+    def _rows(self, step: int) -> list[TokenRow]:
+        """The rows of update number `step`, counted from 1."""
+        epoch, index = divmod(step - 1, self._per_epoch)
+        if self._order[0] != epoch:
+            order = epoch_batches(
+                self._lengths, batch_size=self.config.rows_per_update, seed=self.config.seed, epoch=epoch
+            )
+            self._order = (epoch, order)
+        return [self.train[i] for i in self._order[1][index]]
+
+    def _report(self, rate: float) -> Report:
+        since = self.progress.since_report
+        report = Report(self.progress.step, since.loss, rate, since.grad_norm_sum / since.updates)
+        self.progress.reports.append(report)
+        self.progress.since_report = Sums()
+        return report
+
+    def _validate(self) -> Validation:
+        self.model.eval()
+        score = [score_batch(self.model, batch) for batch in self._valid]
+        validation = Validation(self.progress.step, sum(score[1:], score[0]).loss)
+        if not math.isfinite(validation.loss):
+            raise ValueError(f"the validation loss is {validation.loss} after step {validation.step}")
+        progress, patience = self.progress, self.config.patience
+        progress.validations.append(validation)
+        if progress.best is validation and self.config.keep == "best":
+            self._best = adapter.weights(self.model)
+        if patience is not None and progress.best is not None:
+            worse = sum(v.step > progress.best.step for v in progress.validations)
+            progress.stopped_early = worse >= patience
+        return validation
 
 
-def _endless(rows: Sequence[TokenRow], *, batch_size: int, seed: int) -> Iterator[tuple[int, list[TokenRow]]]:
-    lengths = [len(row.input_ids) for row in rows]
-    epoch = 0
-    while True:
-        for indices in epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch):
-            yield epoch + 1, [rows[i] for i in indices]
-        epoch += 1
+def _dropout_seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64).item())
 
 
 def validation_batches(rows: Sequence[TokenRow], *, batch_size: int, val_batches: int) -> list[Batch]:
@@ -115,11 +324,3 @@ def validation_batches(rows: Sequence[TokenRow], *, batch_size: int, val_batches
     chosen = rows if val_batches < 0 else rows[: val_batches * batch_size]
     lengths = [len(row.input_ids) for row in chosen]
     return [collate([chosen[i] for i in part]) for part in sorted_batches(lengths, batch_size=batch_size)]
-
-
-def _validate(model: nn.Module, batches: Sequence[Batch]) -> float | None:
-    if not batches:
-        return None
-    model.eval()
-    losses = [score_batch(model, batch) for batch in batches]
-    return sum(s.loss_sum for s in losses) / sum(s.tokens for s in losses)

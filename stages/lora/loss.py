@@ -79,6 +79,6 @@ def token_losses(model: nn.Module, batch: Batch) -> mx.array:
     return nn.losses.cross_entropy(trained_logits(model, batch), batch.targets_N)
 
 
-def mean_loss(model: nn.Module, batch: Batch) -> mx.array:
-    """Mean over the batch's trained tokens; padding and untrained tokens do not enter."""
-    return token_losses(model, batch).mean()
+def sum_loss(model: nn.Module, batch: Batch) -> mx.array:
+    """Sum over the batch's trained tokens; padding and untrained tokens do not enter."""
+    return token_losses(model, batch).sum()

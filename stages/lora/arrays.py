@@ -1,0 +1,27 @@
+"""Arrays by name → a safetensors file, the same bytes for the same arrays. (`mx.load` reads it.)"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+
+def write_arrays(path: Path, arrays: Mapping[str, mx.array]) -> None:
+    """Write arrays of types that NumPy knows.
+
+    By safetensors' own writer: it orders tensors by name, where MLX's follows a hash map, and it reports a full disk.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file({name: np.array(array) for name, array in arrays.items()}, path, metadata={"format": "mlx"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from None
+    path.chmod(0o644)

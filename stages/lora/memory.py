@@ -1,0 +1,159 @@
+"""Memory: what a run will need, what there is, and recomputing activations instead of keeping them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from stages.lora import adapter
+from stages.text.tokens import TokenRow
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that training takes at its widest batch. `weights` is certain, the rest is a model of the peak."""
+
+    weights: int
+    adapter: int
+    activations: int
+    head: int
+    available: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.activations + self.head
+
+
+def estimate(
+    model: nn.Module, rows: Sequence[TokenRow], *, batch_size: int, grad_checkpoint: bool, moments: int = 2
+) -> Estimate:
+    """What a run needs, for a model with its adapter attached.
+
+    Activations: each linear module's input and output in the layers that gradients pass through, and the attention
+    scores; with `grad_checkpoint`, one layer's worth and each layer's input. Head: logits and their gradient in
+    float32, for all trained positions of the widest batch.
+    """
+    parameters = tree_flatten(model.parameters())
+    trainable = adapter.weights(model)
+    adapter_bytes = sum(array.nbytes for array in trainable.values())
+    weights = sum(array.nbytes for _, array in parameters) - adapter_bytes
+    item = max((array.itemsize for _, array in parameters if mx.issubdtype(array.dtype, mx.floating)), default=4)
+
+    longest = sorted((len(row.input_ids) for row in rows), reverse=True)[:batch_size]
+    length = longest[0] if longest else 0
+    tokens = length * len(longest)
+    trained = sum(sorted((int(row.loss_mask.sum()) for row in rows), reverse=True)[:batch_size])
+
+    first = _first_adapted_layer(model)
+    layers = model.layers[first:]
+    width = max((_width(layer) for layer in layers), default=0)
+    heads = _attention_heads(model)
+    one_layer = tokens * (width + 2 * heads * length) * item
+    kept = one_layer * (1 if grad_checkpoint else len(layers)) + tokens * _hidden_size(model) * item * len(layers)
+    return Estimate(
+        weights=weights,
+        adapter=adapter_bytes * (2 + moments),
+        activations=kept,
+        head=trained * _vocabulary(model) * 4 * 3,
+        available=available_memory(),
+    )
+
+
+def advice(needed: Estimate, *, batch_size: int, grad_checkpoint: bool) -> str | None:
+    """What would make a run fit that seems not to; None if it fits.
+
+    Raises:
+        ValueError: not even the weights fit.
+    """
+    if needed.weights > needed.available:
+        raise ValueError(
+            f"the base model's weights take {_gib(needed.weights)}, this machine has {_gib(needed.available)}: "
+            "choose a smaller or a quantised model (model.source)"
+        )
+    if needed.total <= needed.available:
+        return None
+    ways = []
+    if batch_size > 1:
+        ways.append(f"train.batch_size below {batch_size} with train.grad_accumulation above 1")
+    if not grad_checkpoint:
+        ways.append("train.grad_checkpoint: true")
+    ways += ["a smaller tokenize.max_length", "fewer lora.layers"]
+    return (
+        f"training may need {_gib(needed.total)} (weights {_gib(needed.weights)}, activations "
+        f"{_gib(needed.activations)}, head {_gib(needed.head)}), this machine has {_gib(needed.available)}; "
+        f"what helps: {', '.join(ways)}"
+    )
+
+
+def available_memory() -> int:
+    """Bytes that training may take: what the GPU recommends at most, or the machine's memory."""
+    if mx.default_device().type == mx.DeviceType.gpu:
+        info = mx.device_info()
+        size = info.get("max_recommended_working_set_size") or info.get("memory_size")
+        if size:
+            return int(size)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Let each adapted layer forget its activations and compute them again on the way back.
+
+    Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174).
+    """
+    for layer in model.layers[_first_adapted_layer(model) :]:
+        kind = type(layer)
+        if not getattr(kind, "recomputes", False):
+            # A subclass of its own for this very layer: other models with layers of this kind keep theirs.
+            layer.__class__ = type(kind.__name__, (kind,), {"__call__": _recomputing(kind), "recomputes": True})
+
+
+def _recomputing(kind: Any) -> Any:
+    plain = kind.__call__
+
+    def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def inner(trainable: Any, *args: Any, **kwargs: Any) -> Any:
+            layer.update(trainable)
+            return plain(layer, *args, **kwargs)
+
+        return mx.checkpoint(inner)(layer.trainable_parameters(), *args, **kwargs)
+
+    return call
+
+
+def _first_adapted_layer(model: nn.Module) -> int:
+    """The first layer with trainable weights; gradients pass through it and all above."""
+    adapted = (i for i, layer in enumerate(model.layers) if tree_flatten(layer.trainable_parameters()))
+    return next(adapted, len(model.layers))
+
+
+def _width(layer: nn.Module) -> int:
+    """Values a token leaves behind in a layer: every linear module's input and output."""
+    width = 0
+    for module in layer.modules():
+        if isinstance(module, nn.Linear | nn.QuantizedLinear):
+            rows, columns = module.weight.shape
+            packed = isinstance(module, nn.QuantizedLinear)
+            width += rows + (columns * 32 // module.bits if packed else columns)
+    return width
+
+
+def _attention_heads(model: nn.Module) -> int:
+    return int(getattr(getattr(model, "args", None), "num_attention_heads", 0) or 0)
+
+
+def _hidden_size(model: nn.Module) -> int:
+    return int(getattr(getattr(model, "args", None), "hidden_size", 0) or 0)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return int(getattr(getattr(model, "args", None), "vocab_size", 0) or 0)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,74 @@
+"""Batches: every row once an epoch, in an order that only the seed and the epoch decide."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.lora.batches import collate, epoch_batches, sorted_batches
+from tests.lora.conftest import token_row
+
+LENGTHS = st.lists(st.integers(2, 300), min_size=1, max_size=200)
+
+
+@given(lengths=LENGTHS, batch_size=st.integers(1, 9), seed=st.integers(0, 99), epoch=st.integers(0, 5))
+def test_every_row_exactly_once_an_epoch(lengths: list[int], batch_size: int, seed: int, epoch: int) -> None:
+    batches = epoch_batches(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
+    assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
+    sizes = sorted(map(len, batches))
+    assert set(sizes[1:]) <= {batch_size}
+    assert 0 < sizes[0] <= batch_size
+
+
+@given(lengths=LENGTHS, batch_size=st.integers(1, 9))
+def test_sorted_batches_hold_every_row_once(lengths: list[int], batch_size: int) -> None:
+    assert sorted(np.concatenate(sorted_batches(lengths, batch_size=batch_size))) == list(range(len(lengths)))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return np.concatenate(epoch_batches(list(range(2, 102)), batch_size=4, seed=seed, epoch=epoch)).tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(0, 0)), tuple(order(0, 1)), tuple(order(1, 0))}) == 3
+
+
+def test_membership_of_batches_changes_between_epochs() -> None:
+    lengths = np.random.default_rng(0).integers(10, 300, 600).tolist()
+    first, second = (
+        {frozenset(batch.tolist()) for batch in epoch_batches(lengths, batch_size=4, seed=0, epoch=epoch)}
+        for epoch in (0, 1)
+    )
+    assert len(first & second) < len(first) / 2
+
+
+def test_rows_of_like_length_share_a_batch() -> None:
+    lengths = np.random.default_rng(0).integers(10, 300, 600)
+    batches = epoch_batches(lengths.tolist(), batch_size=4, seed=0, epoch=0)
+    padded = sum(int(lengths[batch].max()) * len(batch) for batch in batches)
+    assert padded < 1.06 * lengths.sum()
+    unsorted = sum(int(lengths[i : i + 4].max()) * 4 for i in range(0, 600, 4))
+    assert unsorted > 1.25 * lengths.sum()
+
+
+def test_targets_are_the_next_tokens_of_the_masked_positions() -> None:
+    short, long = token_row(0, 5, trained=2), token_row(1, 8, trained=3)
+    batch = collate([short, long])
+    assert batch.inputs_BxL.shape == (2, 7)
+    assert batch.rows_N.tolist() == [0, 0, 1, 1, 1]
+    assert batch.targets_N.tolist() == [*short.input_ids[-2:].tolist(), *long.input_ids[-3:].tolist()]
+    flat = np.array(batch.inputs_BxL).reshape(-1)
+    before = [*short.input_ids[-3:-1].tolist(), *long.input_ids[-4:-1].tolist()]
+    assert flat[np.array(batch.trained_N)].tolist() == before
+    assert batch.real_tokens == 13
+
+
+def test_a_first_token_is_never_a_target() -> None:
+    assert collate([token_row(0, 5, trained=5)]).trained_tokens == 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_the_last_short_batch_is_kept(batch_size: int) -> None:
+    assert sum(map(len, epoch_batches([5] * 50, batch_size=batch_size, seed=0, epoch=0))) == 50

@@ -1,0 +1,79 @@
+"""The memory estimate: what it counts, what it advises, when it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx.utils import tree_flatten
+
+from stages.lora import adapter, memory
+from stages.lora.model import load_base
+from stages.text.tokens import TokenRow
+from tests.lora.test_adapter import config
+from tests.tiny import write_llama
+
+
+@pytest.fixture
+def adapted(model: Any) -> Any:
+    adapter.attach(model, config(), seed=0)
+    return model
+
+
+def estimated(model: Any, rows: list[TokenRow], **changes: Any) -> memory.Estimate:
+    return memory.estimate(model, rows, **({"batch_size": 4, "grad_checkpoint": False} | changes))
+
+
+def test_weights_are_counted_to_the_byte(adapted: Any, rows: list[TokenRow]) -> None:
+    found = estimated(adapted, rows)
+    everything = sum(array.nbytes for _, array in tree_flatten(adapted.parameters()))
+    trainable = sum(array.nbytes for array in adapter.weights(adapted).values())
+    assert found.weights == everything - trainable
+    assert found.adapter == 4 * trainable  # weights, gradients and two moments
+
+
+def test_activations_grow_with_the_batch_the_length_and_the_adapted_layers(
+    adapted: Any, rows: list[TokenRow], tiny_llama: Path
+) -> None:
+    plain = estimated(adapted, rows)
+    assert estimated(adapted, rows, batch_size=8).activations > plain.activations
+    assert estimated(adapted, rows[:6]).activations < plain.activations
+    assert estimated(adapted, rows, grad_checkpoint=True).activations < plain.activations
+    deeper = load_base(tiny_llama)[0]
+    adapter.attach(deeper, config(layers=3), seed=0)
+    assert estimated(deeper, rows).activations > plain.activations
+
+
+def test_the_head_grows_with_trained_tokens_and_vocabulary(tmp_path: Path, rows: list[TokenRow]) -> None:
+    heads = []
+    for number, vocabulary in enumerate((258, 516)):
+        model = load_base(write_llama(tmp_path / str(number), vocab_size=vocabulary))[0]
+        adapter.attach(model, config(), seed=0)
+        heads.append(estimated(model, rows).head)
+    assert heads[1] == 2 * heads[0] > 0
+
+
+def test_what_fits_needs_no_advice(adapted: Any, rows: list[TokenRow]) -> None:
+    assert memory.advice(estimated(adapted, rows), batch_size=4, grad_checkpoint=False) is None
+
+
+def test_what_may_not_fit_is_told_with_what_helps(adapted: Any, rows: list[TokenRow]) -> None:
+    found = estimated(adapted, rows)
+    tight = replace(found, available=found.weights + 1)
+    told = memory.advice(tight, batch_size=4, grad_checkpoint=False)
+    assert told is not None
+    assert "train.batch_size below 4" in told and "train.grad_checkpoint: true" in told
+    again = memory.advice(tight, batch_size=1, grad_checkpoint=True)
+    assert again is not None and "batch_size" not in again and "grad_checkpoint" not in again
+
+
+def test_weights_beyond_the_memory_are_refused(adapted: Any, rows: list[TokenRow]) -> None:
+    found = estimated(adapted, rows)
+    with pytest.raises(ValueError, match=r"weights take .* choose a smaller or a quantised model"):
+        memory.advice(replace(found, available=found.weights - 1), batch_size=4, grad_checkpoint=False)
+
+
+def test_available_memory_is_this_machines() -> None:
+    assert 2**28 < memory.available_memory() < 2**50

@@ -1,0 +1,201 @@
+"""The DAG under DVC, on a tiny model: what reruns, what does not, what the README says of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.imports import ROOT
+from tests.test_dag import DAG, STAGES, paths
+
+
+def downstream(first: set[str]) -> set[str]:
+    """The stages that rerun when the `first` ones do and write something else."""
+    ran = set(first)
+    for name, stage in STAGES.items():  # in the DAG's order
+        made = {out for other in ran for out in paths(STAGES[other]["outs"])}
+        if any(dep == out or dep.startswith(f"{out}/") for dep in paths(stage["deps"]) for out in made):
+            ran.add(name)
+    return ran
+
+
+def reruns(parameter: str) -> set[str]:
+    sections = {parameter, parameter.split(".")[0]}
+    return downstream({name for name, stage in STAGES.items() if sections & set(stage["params"])})
+
+
+def test_the_readme_tells_what_a_parameter_reruns() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| (`[^|]+`) \| ([a-z, ]+) \|$", text, flags=re.MULTILINE)
+    assert len(table) >= 8
+    for parameters, stages in table:
+        for parameter in re.findall(r"`([^`]+)`", parameters):
+            assert reruns(parameter) == set(stages.split(", ")), parameter
+    documented = {p for parameters, _ in table for p in re.findall(r"`([^`]+)`", parameters)}
+    tracked = {key for stage in STAGES.values() for key in stage["params"]}
+    assert tracked <= documented | {p.split(".")[0] for p in documented}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """The project as a DVC repository of its own, reproduced once."""
+    from tests.tiny import small_params
+
+    folder = tmp_path_factory.mktemp("dvc") / "project"
+    folder.mkdir()
+    for name in ("stages", ".dvc/config", ".dvc/.gitignore", ".gitignore", ".dvcignore", "dvc.yaml"):
+        source = ROOT / name
+        (folder / name).parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(source, folder / name)
+    (folder / "params.yaml").write_text(small_params(source=str(tiny_llama)), encoding="utf-8")
+    (folder / "data" / "raw").mkdir(parents=True)
+    lines = [f'{{"question": "{i} 더하기 {i}는?", "answer": "{2 * i}이다."}}\n' for i in range(60)]
+    (folder / "data" / "raw" / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "data" / "prompts.jsonl").write_text('{"question": "9 더하기 9는?"}\n', encoding="utf-8")
+    git(folder, "init", "--quiet")
+    assert ran(dvc(folder, "repro")) == list(STAGES)
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "reproduced")
+    return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """`python` is this one; git needs a name to commit with."""
+    who = {f"GIT_{role}_{what}": "test@example.org" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | who | {"PATH": path, "LORABUILD_STORE": str(folder.parent / "store")}
+
+
+def git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, env=environment(folder), capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def dvc(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], cwd=folder, env=environment(folder), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def ran(output: str) -> list[str]:
+    return re.findall(r"^Running stage '(\w+)'", output, flags=re.MULTILINE)
+
+
+def test_a_second_repro_runs_nothing_and_changes_nothing(repository: Path) -> None:
+    assert ran(dvc(repository, "repro")) == []
+    assert git(repository, "status", "--porcelain") == ""
+
+
+def test_an_experiment_reruns_just_what_depends_on_the_parameter(repository: Path) -> None:
+    output = dvc(repository, "exp", "run", "-S", "train.learning_rate=0.05")
+    assert set(ran(output)) == reruns("train.learning_rate") == {"train", "evaluate", "merge", "generate"}
+    difference = dvc(repository, "metrics", "diff", "--json")
+    assert "adapter.loss" in difference and "base.loss" not in difference
+    # The same numbers again come from the run cache.
+    git(repository, "checkout", "--quiet", ".")
+    assert ran(dvc(repository, "repro")) == []
+    dvc(repository, "checkout")
+
+
+def test_a_changed_output_of_no_consequence_stops_there(repository: Path) -> None:
+    # Reports change the curves, not the adapter: nothing downstream of it runs.
+    assert ran(dvc(repository, "repro", "--dry")) == []
+    output = dvc(repository, "exp", "run", "-S", "train.steps_per_report=1")
+    assert ran(output) == ["train"]
+    git(repository, "checkout", "--quiet", ".")
+    dvc(repository, "checkout")
+
+
+def test_dvc_shows_dag_metrics_and_parameters(repository: Path) -> None:
+    assert all(name in dvc(repository, "dag") for name in STAGES)
+    assert "evaluate.json" in dvc(repository, "metrics", "show")
+    dvc(repository, "params", "diff")
+    dvc(repository, "plots", "show", "--json")
+
+
+def test_the_adapter_is_a_declared_artifact(repository: Path) -> None:
+    artifact: Any = DAG["artifacts"]["adapter"]
+    assert (repository / artifact["path"] / "adapters.safetensors").exists()
+
+
+def checkpoint(folder: Path, process: subprocess.Popen[bytes]) -> Path:
+    """The first checkpoint that a DVC command's training writes."""
+    deadline = time.monotonic() + 120
+    while not (found := sorted(folder.glob("artifacts/checkpoints/*/step-*"))):
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.02)
+    return found[0]
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """A DVC command in a session of its own, so that it can be killed with its children."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(folder),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture
+def clone(repository: Path, tmp_path: Path) -> Path:
+    """A clone with a run of its own ahead: long enough to be killed in."""
+    folder = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(repository), str(folder)], check=True, env=environment(repository))
+    shutil.copytree(repository.parent / "store", tmp_path / "store", dirs_exist_ok=True)
+    text = (folder / "params.yaml").read_text(encoding="utf-8")
+    text = re.sub(r"iters: 6\b", "iters: 150", text)
+    (folder / "params.yaml").write_text(re.sub(r"steps_per_save: \d+", "steps_per_save: 5", text), encoding="utf-8")
+    git(folder, "commit", "--quiet", "--all", "--message", "longer")
+    return folder
+
+
+def adapter(folder: Path) -> bytes:
+    return (folder / "artifacts" / "adapter" / "adapters.safetensors").read_bytes()
+
+
+def test_a_killed_repro_ends_in_the_bytes_of_an_undisturbed_one(clone: Path) -> None:
+    process = start(clone, "repro")
+    checkpoint(clone, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (clone / "artifacts" / "adapter" / "adapters.safetensors").exists()
+    assert "going on after step" in dvc(clone, "repro")
+    resumed = adapter(clone)
+    dvc(clone, "repro", "--force", "--single-item", "--no-run-cache", "train")
+    assert adapter(clone) == resumed
+
+
+def test_a_killed_queued_experiment_ends_in_the_bytes_of_an_undisturbed_one(clone: Path) -> None:
+    dvc(clone, "repro", "tokenize")
+    dvc(clone, "exp", "run", "--queue", "--name", "first", "-S", "train.learning_rate=0.02")
+    process = start(clone, "exp", "run", "--run-all")
+    found = checkpoint(clone, process)
+    os.kill(int((found.parent / "lock").read_text()), signal.SIGKILL)
+    process.wait(timeout=60)
+    dvc(clone, "exp", "run", "--queue", "--name", "second", "-S", "train.learning_rate=0.02")
+    dvc(clone, "exp", "run", "--run-all")
+    assert "going on after step" in dvc(clone, "queue", "logs", "second")
+    dvc(clone, "exp", "apply", "second")
+    resumed = adapter(clone)
+    dvc(clone, "repro", "--force", "--single-item", "--no-run-cache", "train")
+    assert adapter(clone) == resumed

@@ -1,0 +1,255 @@
+"""The stages one after another on a tiny model: files, figures, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages import base
+from stages.evaluate import evaluate
+from stages.fetch import fetch
+from stages.generate import generate
+from stages.merge import merge
+from stages.prepare import prepare
+from stages.show import show
+from stages.tokenize import tokenize
+from stages.train import train
+from tests.tiny import write_llama
+
+STAGES = (fetch, prepare, tokenize, train, evaluate, merge, generate)
+
+
+def run(*stages: Any) -> None:
+    for stage in stages or STAGES:
+        stage()
+
+
+def read(path: str) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def digests(*folders: str) -> dict[str, str]:
+    files = [path for folder in folders for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_the_same_input_gives_the_same_bytes(project: Path) -> None:
+    made = ("data/prepared", "data/tokens", "artifacts/adapter", "artifacts/merged", "artifacts/evaluate",
+            "artifacts/samples", "artifacts/metrics", "artifacts/plots")  # fmt: skip
+    run()
+    first = digests(*made)
+    run()
+    assert len(first) > 20
+    assert digests(*made) == first
+
+
+def test_every_row_is_accounted_for(project: Path) -> None:
+    run(fetch, prepare, tokenize)
+    ledger = read("artifacts/metrics/prepare.json")
+    assert (
+        ledger["rows_in"]
+        == 40
+        == ledger["dropped_duplicates"] + sum(ledger[name] for name in ("train", "valid", "test"))
+    )
+    tokens = read("artifacts/metrics/tokenize.json")
+    assert {name: tokens[name]["rows"] for name in tokens} == {
+        name: ledger[name] for name in ("train", "valid", "test")
+    }
+
+
+def test_evaluate_scores_base_and_adapter_on_the_same_tokens(project: Path) -> None:
+    import pyarrow.parquet as pq
+
+    run(fetch, prepare, tokenize)
+    train(overrides=["train.iters=60", "train.learning_rate=0.01"])
+    evaluate()
+    metrics = read("artifacts/metrics/evaluate.json")
+    assert metrics["adapter"]["loss"] < metrics["base"]["loss"]
+    assert metrics["tokens"] == read("artifacts/metrics/tokenize.json")["test"]["trained_tokens"]
+    table = pq.read_table("artifacts/evaluate/rows.parquet").to_pydict()
+    total = sum(loss * count for loss, count in zip(table["base_loss"], table["tokens"], strict=True))
+    assert metrics["base"]["loss"] == pytest.approx(total / metrics["tokens"], abs=1e-4)
+
+
+def test_show_prints_metrics_and_answers(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run()
+    capsys.readouterr()
+    show()
+    shown = capsys.readouterr().out
+    assert f"{read('artifacts/metrics/evaluate.json')['adapter']['loss']:.4f}" in shown
+    assert "9 더하기 9는?" in shown
+
+
+def test_the_merged_directory_opens_in_mlx_lm_and_transformers(project: Path) -> None:
+    from mlx_lm.utils import load
+    from transformers import AutoConfig, AutoTokenizer
+
+    run()
+    model, tokenizer = load("artifacts/merged")
+    assert model.args.model_type == AutoConfig.from_pretrained("artifacts/merged").model_type == "llama"
+    assert tokenizer.encode("가") == AutoTokenizer.from_pretrained("artifacts/merged").encode("가")
+    assert read("artifacts/metrics/merge.json")["mean_divergence"] == 0.0
+
+
+def test_a_merge_that_loses_the_adapter_fails_and_leaves_the_old_one(project: Path) -> None:
+    write_llama(project / "packed", quantize=True, dtype="float16")
+    sources = ["model.source=packed"]
+    fetch(overrides=sources)
+    run(prepare, tokenize)
+    train(overrides=["train.learning_rate=0.01", "train.iters=30"])
+    merge()
+    before = digests("artifacts/merged")
+    with pytest.raises(ValueError, match=r"not what the adapter was: .* set merge.dequantize to true"):
+        merge(overrides=["merge.dequantize=false", "merge.max_divergence=1e-6"])
+    assert digests("artifacts/merged") == before
+
+
+def test_another_tokenizer_is_refused(project: Path, tiny_llama: Path) -> None:
+    run(fetch, prepare, tokenize)
+    other = Path(shutil.copytree(tiny_llama, project / "other"))
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer.json").write_text(text.replace("<|pad|>", "<|PAD|>"), encoding="utf-8")
+    fetch(overrides=["model.source=other"])
+    with pytest.raises(ValueError, match=r"train.parquet: made with another base model's tokenizer"):
+        train()
+
+
+def test_a_base_that_changed_since_fetch_is_refused(project: Path, tiny_llama: Path) -> None:
+    own = Path(shutil.copytree(tiny_llama, project / "own"))
+    fetch(overrides=["model.source=own"])
+    run(prepare, tokenize)
+    weights = own / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"model.safetensors differs from the base model"):
+        train()
+    assert not Path("artifacts/adapter").exists()
+
+
+def test_the_manifest_names_no_path_of_this_machine(project: Path, tiny_llama: Path) -> None:
+    run(fetch)
+    text = Path("artifacts/base.json").read_text(encoding="utf-8")
+    assert str(tiny_llama.parent) not in text
+    assert base.read(Path("artifacts/base.json")).source == f"directory:{tiny_llama.name}"
+
+
+def test_samples_hold_both_models_answers_to_every_prompt(project: Path) -> None:
+    Path("data/prompts.jsonl").write_text('{"question": "하나?"}\n{"prompt": "raw "}\n', encoding="utf-8")
+    run()
+    samples = [
+        json.loads(line) for line in Path("artifacts/samples/samples.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [sample["prompt"] for sample in samples] == ["### 질문:\n하나?\n\n### 답변:\n", "raw "]
+    assert all(set(sample) == {"prompt", "base", "merged"} for sample in samples)
+    markdown = Path("artifacts/samples/samples.md").read_text(encoding="utf-8")
+    assert all(sample["prompt"].strip() in markdown for sample in samples)
+
+
+def test_a_prompt_streams_to_the_terminal_and_writes_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run()
+    before = digests("artifacts/samples")
+    capsys.readouterr()
+    generate(prompt="하나?")
+    assert capsys.readouterr().out.endswith("\n")
+    assert digests("artifacts/samples") == before
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [("generate.max_tokens=2", "max_tokens"), ("generate.temperature=5.0", "temperature"), ("seed=7", "seed")],
+)
+def test_generation_follows_its_parameters(project: Path, override: str, what: str) -> None:
+    run()
+    overrides = [override] if what != "seed" else ["generate.temperature=5.0", "seed=7"]
+    if what == "seed":
+        generate(overrides=["generate.temperature=5.0"])
+    before = digests("artifacts/samples")
+    generate(overrides=overrides)
+    assert digests("artifacts/samples") != before
+
+
+@pytest.mark.parametrize("stage", [tokenize, train, evaluate, merge, generate], ids=lambda stage: stage.__name__)
+def test_a_stage_without_its_input_says_what_makes_it(project: Path, stage: Any) -> None:
+    with pytest.raises(ValueError, match=r"no (such file|merged model); make it with: python -m stages\.\w+"):
+        stage()
+    assert not Path("artifacts").exists() and not Path("data/tokens").exists()
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["lora.rank=2", "lora.alpha=1", "lora.dropout=0.5", "lora.targets=[q_proj]", "lora.layers=1", "train.iters=3",
+     "train.batch_size=2", "train.grad_accumulation=2", "train.optimizer=lion", "train.betas=[0.5, 0.9]",
+     "train.weight_decay=9.0", "train.learning_rate=0.1", "train.schedule=cosine", "train.warmup_steps=0",
+     "train.max_grad_norm=0.0001", "seed=3", "model.dtype=bfloat16"],
+)  # fmt: skip
+def test_each_training_parameter_shapes_the_adapter(project: Path, override: str) -> None:
+    run(fetch, prepare, tokenize)
+    train(overrides=["train.learning_rate=0.01"])
+    before = digests("artifacts/adapter")
+    train(overrides=["train.learning_rate=0.01", override])
+    assert digests("artifacts/adapter") != before
+
+
+def test_the_final_learning_rate_is_where_a_schedule_ends(project: Path) -> None:
+    run(fetch, prepare, tokenize)
+    train(overrides=["train.schedule=linear"])
+    before = digests("artifacts/adapter")
+    train(overrides=["train.schedule=linear", "train.final_learning_rate=0.0009"])
+    assert digests("artifacts/adapter") != before
+
+
+def test_the_best_adapter_is_kept_and_its_step_told(project: Path) -> None:
+    run(fetch, prepare, tokenize)
+    options = ["train.learning_rate=3.0", "train.iters=30", "train.steps_per_eval=2", "train.val_batches=-1"]
+    train(overrides=[*options, "train.keep=best"])
+    metrics = read("artifacts/metrics/train.json")
+    assert metrics["kept_step"] < metrics["steps"] == 30
+    train(overrides=[*options, "train.keep=best", "train.patience=2"])
+    assert read("artifacts/metrics/train.json")["steps"] < 30
+    assert read("artifacts/metrics/train.json")["stopped_early"] == 1
+
+
+def test_recomputing_activations_changes_no_byte(project: Path) -> None:
+    run(fetch, prepare, tokenize, train)
+    before = digests("artifacts/adapter")
+    train(overrides=["train.grad_checkpoint=true"])
+    assert digests("artifacts/adapter") == before
+
+
+def test_how_often_it_saves_changes_no_byte(project: Path) -> None:
+    made = ("artifacts/adapter", "artifacts/metrics", "artifacts/plots")
+    run(fetch, prepare, tokenize, train)
+    before = digests(*made)
+    train(overrides=["runtime.steps_per_save=1"])
+    assert digests(*made) == before
+    assert list(Path("artifacts/checkpoints").iterdir()) == []
+
+
+def test_reports_and_validations_shape_the_curves_alone(project: Path) -> None:
+    run(fetch, prepare, tokenize, train)
+    adapter, curves = digests("artifacts/adapter"), digests("artifacts/plots")
+    train(overrides=["train.steps_per_report=1", "train.steps_per_eval=1", "train.val_batches=1"])
+    assert digests("artifacts/adapter") == adapter
+    changed = digests("artifacts/plots")
+    assert all(changed[path] != curves[path] for path in curves)
+
+
+def test_epochs_count_passes_over_the_rows(project: Path) -> None:
+    run(fetch, prepare, tokenize)
+    train(overrides=["train.iters=null", "train.epochs=2"])
+    metrics = read("artifacts/metrics/train.json")
+    assert metrics["epochs"] == 2.0
+    assert metrics["trained_tokens"] == 2 * read("artifacts/metrics/tokenize.json")["train"]["trained_tokens"]
+
+
+def test_timing_is_written_apart_from_the_metrics(project: Path) -> None:
+    run(fetch, prepare, tokenize, train)
+    timing = read("artifacts/timing/train.json")
+    assert timing["tokens_per_second"] > 0 and timing["seconds"] > timing["seconds_to_first_event"] > 0
+    assert timing["peak_memory_bytes"] > 0

@@ -88,9 +88,7 @@ def warn(text: str) -> None:
 
 
 @contextmanager
-def progress(
-    description: str, total: float | None = None, *, unit: str | None = None
-) -> Iterator[Callable[..., None]]:
+def progress(description: str, total: float | None = None, *, unit: str | None = None) -> Iterator[Callable[..., None]]:
     """A progress bar on a terminal, nothing elsewhere; with a `unit`, its speed too.
 
     Yields the function that moves it, `advance(amount=1, to=None, status="")`.

@@ -56,7 +56,7 @@ def test_the_row_is_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     make(list(ROWS))
     capsys.readouterr()
     inspect(TOKENS, row=2)
-    assert "bell␇" in capsys.readouterr().out
+    assert "ell␇<|end|>»" in capsys.readouterr().out
     inspect(TOKENS, longest=True)
     assert "Row 1 of 3" in capsys.readouterr().out
     inspect(TOKENS, random=True)
@@ -66,7 +66,7 @@ def test_the_row_is_chosen(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_files_that_are_no_token_files() -> None:
-    with pytest.raises(ValueError, match="no such file; make it with: python -m stages.tokenize"):
+    with pytest.raises(ValueError, match=r"no such file; make it with: python -m stages\.tokenize"):
         inspect(TOKENS)
     Path("a.parquet").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="not a Parquet file"):

@@ -72,8 +72,8 @@ def test_the_same_rows_in_any_kind_of_file_give_the_same_tokens(raw: Path) -> No
         if kind == "jsonl":
             lines(raw / "rows.jsonl", PAIRS)
         elif kind == "csv":
-            with (raw / "rows.csv").open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, ["question", "answer"])
+            with (raw / "rows.csv").open("w", encoding="utf-8", newline="") as cells:
+                writer = csv.DictWriter(cells, ["question", "answer"])
                 writer.writeheader()
                 writer.writerows(PAIRS)
         elif kind == "parquet":

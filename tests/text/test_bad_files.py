@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +165,7 @@ def test_a_bad_row_can_be_skipped_and_is_counted(folder: Path, name: str, conten
 
 
 def test_a_broken_stream_can_be_skipped_and_is_counted(folder: Path) -> None:
-    noise = random.Random(0)
+    noise = random.Random(0)  # noqa: S311
     rows = "".join(f'{{"text": "{noise.random()}"}}\n' for _ in range(20_000)).encode()
     Path("a.jsonl.gz").write_bytes(gzip.compress(rows)[:-2000])
     prepare([Path("a.jsonl.gz")], overrides=["prepare.on_bad_row=skip"])
@@ -177,21 +176,21 @@ def test_a_broken_stream_can_be_skipped_and_is_counted(folder: Path) -> None:
 
 ALL_TO_TRAIN = ["prepare.valid_fraction=0.0", "prepare.test_fraction=0.0"]
 
-EMPTY: list[tuple[Callable[[], list[str]], str]] = [
-    (lambda: [], "the valid split got none of the 1 rows; add rows or raise prepare.valid_fraction"),
+EMPTY: list[tuple[list[str], str]] = [
+    ([], "the valid split got none of the 1 rows; add rows or raise prepare.valid_fraction"),
     (
-        lambda: ["prepare.valid_fraction=null", "prepare.valid_rows=5"],
+        ["prepare.valid_fraction=null", "prepare.valid_rows=5"],
         "5 rows for valid and some to train on need more than the 1 there are; lower prepare.valid_rows",
     ),
-    (lambda: [*ALL_TO_TRAIN, "prepare.max_chars=3"], "the train split got none of the 0 rows"),
+    ([*ALL_TO_TRAIN, "prepare.max_chars=3"], "the train split got none of the 0 rows"),
 ]
 
 
 @pytest.mark.parametrize(("overrides", "line"), EMPTY)
-def test_an_empty_split_is_an_error(folder: Path, overrides: Callable[[], list[str]], line: str) -> None:
+def test_an_empty_split_is_an_error(folder: Path, overrides: list[str], line: str) -> None:
     Path("a.jsonl").write_text(GOOD, encoding="utf-8")
     with pytest.raises(ValueError) as raised:
-        prepare([Path("a.jsonl")], overrides=overrides())
+        prepare([Path("a.jsonl")], overrides=overrides)
     assert line in str(raised.value)
     assert not Path("data").exists() or not list(Path("data").iterdir())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from stages.text.chat import ChatTemplate
@@ -89,7 +91,7 @@ def test_a_call_of_a_tool_is_learned() -> None:
         "{% for call in m.tool_calls or [] %}{{ '<call>' + call.function.name + '</call>' }}{% endfor %}"
         "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    turns = [
+    turns: list[dict[str, Any]] = [
         {"role": "user", "content": "weather?"},
         {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look"}}]},
         {"role": "tool", "content": "rain"},

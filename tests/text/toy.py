@@ -1,4 +1,4 @@
-"""Tokenizers of a few lines, in memory: one token a byte, with the merges, special tokens and templates that a test asks for."""
+"""Tokenizers of a few lines, in memory: one token a byte, with the merges and templates that a test asks for."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def tokenizer(*merges: tuple[str, str], template: str | None = CHATML, bos: bool
         )
     if parts:
         backend.post_processor = processors.Sequence(parts)
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", bos_token="<s>" if bos else None)
+    names = {"eos_token": "<|end|>", **({"bos_token": "<s>"} if bos else {})}
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     made.chat_template = template
     return made

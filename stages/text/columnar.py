@@ -11,21 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from stages.text.rows import Advance, BadRow, RawRow, nothing
 
 _SLICE = 1024  # rows that become Python objects at a time
-_BROKEN = (pa.ArrowException, OSError, ValueError, OverflowError, NotImplementedError)
 
 
 def read_parquet(path: Path, advance: Advance = nothing) -> Iterator[RawRow | BadRow]:
     """The rows of a Parquet file."""
+    import pyarrow.parquet as pq
+
     try:
         file = pq.ParquetFile(path)
         rows = max(file.metadata.num_rows, 1)
-    except _BROKEN as error:
+    except _broken() as error:
         yield BadRow(f"{path}:1", f"not a readable Parquet file ({_first_line(error)}); copy or make it anew")
         return
     with file:
@@ -34,11 +32,13 @@ def read_parquet(path: Path, advance: Advance = nothing) -> Iterator[RawRow | Ba
 
 def read_arrow(path: Path, advance: Advance = nothing) -> Iterator[RawRow | BadRow]:
     """The rows of an Arrow file, in the stream or the file format."""
+    import pyarrow as pa
+
     try:
         with pa.memory_map(str(path)) as source:
             yield from _rows(path, _batches(source), advance, 0)
         advance(path.stat().st_size)
-    except _BROKEN as error:
+    except _broken() as error:
         yield BadRow(f"{path}:1", f"not a readable Arrow file ({_first_line(error)}); copy or make it anew")
 
 
@@ -60,6 +60,8 @@ def saved_files(folder: Path) -> list[Path]:
 
 
 def _batches(source: Any) -> Iterator[Any]:
+    import pyarrow as pa
+
     try:
         reader = pa.ipc.open_stream(source)
     except pa.ArrowInvalid:
@@ -80,8 +82,15 @@ def _rows(path: Path, batches: Iterator[Any], advance: Advance, row_bytes: float
                     number += 1
                     yield RawRow(f"{path}:{number}", fields)
                 advance(int(row_bytes * len(part)))
-    except _BROKEN as error:
+    except _broken() as error:
         yield BadRow(f"{path}:{number + 1}", f"cannot be read on ({_first_line(error)}); copy or make the file anew")
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """What pyarrow raises on files that are damaged or hold what Python cannot."""
+    import pyarrow as pa
+
+    return (pa.ArrowException, OSError, ValueError, OverflowError, NotImplementedError)
 
 
 def _first_line(error: BaseException) -> str:

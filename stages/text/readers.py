@@ -76,7 +76,7 @@ def find(paths: Iterable[Path]) -> tuple[list[Source], list[Path]]:
         if path.is_dir():
             _walk(path, _split_of(path.name), sources, ignored)
         elif not path.exists():
-            raise ValueError(f"{path}: no such file or folder; put your rows there, or name another place")
+            raise ValueError(f"{path}: no such file or folder; put your rows there as {KINDS}")
         elif not _readable(path):
             raise ValueError(f"{path}: not a kind of file that is known here; bring {KINDS}")
         else:

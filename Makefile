@@ -36,7 +36,7 @@ constraints: $(VENV)/.dev ## Choose the newest versions anew (then run the tests
 	@python -m pip install --quiet uv
 	@{ echo '# The exact versions that a result is reproducible with. Made by `make constraints`.'; \
 	   uv pip compile --quiet --universal --no-annotate --no-header --no-emit-index-url --upgrade \
-	     --extra cpu --extra dev pyproject.toml | sed -e '/jsfetch/d' -e '/win32/d' -e "s/ ; sys_platform != 'emscripten'//"; } > constraints.txt.new
+	     --extra cpu --extra datasets --extra near-duplicates --extra dev pyproject.toml | sed -e '/jsfetch/d' -e '/win32/d' -e "s/ ; sys_platform != 'emscripten'//"; } > constraints.txt.new
 	@mv constraints.txt.new constraints.txt
 
 doctor: setup ## Show what this machine has

@@ -7,6 +7,7 @@ from stages.doctor import doctor
 from stages.evaluate import evaluate
 from stages.fetch import fetch
 from stages.generate import generate
+from stages.inspect import inspect
 from stages.merge import merge
 from stages.prepare import prepare
 from stages.show import show
@@ -22,7 +23,7 @@ app = typer.Typer(
 )
 for stage in (fetch, prepare, tokenize, train, evaluate, merge, generate):
     app.command(rich_help_panel="Stages, in the DAG's order")(stage)
-for tool in (show, doctor):
+for tool in (inspect, show, doctor):
     app.command(rich_help_panel="Around them")(tool)
 
 if __name__ == "__main__":

@@ -11,8 +11,18 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from stages.params import PARAMS_FILE
 
@@ -78,8 +88,8 @@ def warn(text: str) -> None:
 
 
 @contextmanager
-def progress(description: str, total: float | None = None) -> Iterator[Callable[..., None]]:
-    """A progress bar on a terminal, nothing elsewhere.
+def progress(description: str, total: float | None = None, *, unit: str | None = None) -> Iterator[Callable[..., None]]:
+    """A progress bar on a terminal, nothing elsewhere; with a `unit`, its speed too.
 
     Yields the function that moves it, `advance(amount=1, to=None, status="")`.
     """
@@ -88,6 +98,7 @@ def progress(description: str, total: float | None = None) -> Iterator[Callable[
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn() if total is not None and total < 1e6 else TextColumn("{task.percentage:>3.0f}%"),
+        *([_Speed(unit)] if unit else []),
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
     ]
@@ -98,6 +109,17 @@ def progress(description: str, total: float | None = None) -> Iterator[Callable[
             bar.update(task, completed=to, advance=amount if to is None else None, status=status)
 
         yield advance
+
+
+class _Speed(ProgressColumn):
+    """`1,234 rows/s`"""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.finished_speed or task.speed or 0:,.0f} {self._unit}/s")
 
 
 def say(text: str) -> None:

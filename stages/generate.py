@@ -13,8 +13,10 @@ from typing import Annotated
 import typer
 
 from stages import base, console, files, params
-from stages.text.rows import read_jsonl
-from stages.text.template import Template
+from stages.text.jsonl import read_jsonl
+from stages.text.prompts import Prompt, Prompts
+from stages.text.rows import strict
+from stages.text.tokens import load_tokenizer
 
 
 def generate(
@@ -35,14 +37,19 @@ def generate(
     With --prompt, nothing is written: the merged model's answer streams to the terminal.
     """
     settings = params.load(params_file, overrides or ())
-    template = Template(settings.prepare.template)
     if prompt is not None:
-        _stream(_require(merged), _single(template, prompt), settings)
+        directory = _require(merged)
+        _stream(directory, _prompts(directory, settings).of_words(prompt), settings)
         return
-    asked = [_ask(template, row.fields, row.place) for row in read_jsonl(prompts)]
     models = {"base": base.locate(base.read(base_file)), "merged": _require(merged)}
+    maker = _prompts(models["base"], settings)
+    asked = [_ask(maker, row.fields, row.place) for row in strict(read_jsonl(prompts))]
+    if not asked:
+        raise ValueError(f"{prompts}: holds no rows; add some")
     answers = {name: _answers(directory, name, asked, settings) for name, directory in models.items()}
-    samples = [{"prompt": text, **{name: given[i] for name, given in answers.items()}} for i, text in enumerate(asked)]
+    samples = [
+        {"prompt": asked[i].text, **{name: given[i] for name, given in answers.items()}} for i in range(len(asked))
+    ]
     with files.replacing(out) as draft:
         draft.mkdir()
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
@@ -51,7 +58,7 @@ def generate(
     console.say(f"{len(samples)} prompts answered by base and merged model → {out}")
 
 
-def _answers(directory: Path, name: str, asked: list[str], settings: params.Params) -> list[str]:
+def _answers(directory: Path, name: str, asked: list[Prompt], settings: params.Params) -> list[str]:
     """One model's answers, in the order of the prompts."""
     from stages.lora.model import load_base
     from stages.lora.sample import answer_all, load_decoder
@@ -61,13 +68,14 @@ def _answers(directory: Path, name: str, asked: list[str], settings: params.Para
     tokenizer = load_decoder(directory, config, trust_remote_code=trust)
     answers: dict[int, str] = {}
     with console.progress(f"answers of {name}", total=len(asked)) as advance:
-        for index, text in answer_all(model, tokenizer, asked, seed=settings.seed, **settings.generate.model_dump()):
+        ids = [prompt.ids for prompt in asked]
+        for index, text in answer_all(model, tokenizer, ids, seed=settings.seed, **settings.generate.model_dump()):
             answers[index] = text.strip()
             advance(1)
     return [answers[index] for index in range(len(asked))]
 
 
-def _stream(directory: Path, text: str, settings: params.Params) -> None:
+def _stream(directory: Path, prompt: Prompt, settings: params.Params) -> None:
     from stages.lora.model import load_base
     from stages.lora.sample import answer_stream, load_decoder
 
@@ -75,23 +83,22 @@ def _stream(directory: Path, text: str, settings: params.Params) -> None:
     model, config = load_base(directory, dtype=settings.model.dtype, trust_remote_code=trust)
     tokenizer = load_decoder(directory, config, trust_remote_code=trust)
     options = settings.generate.model_dump(exclude={"batch_size"})
-    for piece in answer_stream(model, tokenizer, text, seed=settings.seed, **options):
+    for piece in answer_stream(model, tokenizer, prompt.ids, seed=settings.seed, **options):
         typer.echo(piece, nl=False)
     typer.echo()
 
 
-def _ask(template: Template, fields: dict[str, object], place: str) -> str:
-    """A row of the prompts file as the text that the model is to continue."""
+def _prompts(directory: Path, settings: params.Params) -> Prompts:
+    tokenizer = load_tokenizer(directory, trust_remote_code=settings.model.trust_remote_code)
+    rendered_by = {name: getattr(settings.prepare, name) for name in ("template", "columns", "normalize")}
+    return Prompts(tokenizer, **rendered_by, chat_template=settings.tokenize.chat_template)
+
+
+def _ask(maker: Prompts, fields: dict[str, object], place: str) -> Prompt:
     try:
-        return Template("{prompt}").completion(fields) if "prompt" in fields else template.prompt(fields)
+        return maker.of_row(fields)
     except ValueError as error:
         raise ValueError(f"{place}: {error}; mend the row or prepare.template") from None
-
-
-def _single(template: Template, text: str) -> str:
-    """The user's words in the template's one column before the answer, or as they are where it has several or none."""
-    columns = template.columns[:-1]
-    return template.prompt({columns[0]: text}) if len(set(columns)) == 1 else text
 
 
 def _require(merged: Path) -> Path:

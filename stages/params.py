@@ -36,20 +36,46 @@ class Model(Section):
 
 class Prepare(Section):
     seed: int
-    template: Annotated[str, Field(min_length=1)]
-    valid_fraction: Fraction
-    test_fraction: Fraction
+    dataset: Annotated[str, Field(min_length=1)] | None
+    columns: dict[str, str]
+    template: Annotated[str, Field(min_length=1)] | None
+    valid_fraction: Fraction | None
+    valid_rows: Positive | None
+    test_fraction: Fraction | None
+    test_rows: Positive | None
+    group_by: Annotated[str, Field(min_length=1)] | None
+    normalize: Literal["NFC", "NFKC"] | None
+    duplicates: Literal["keep", "exact", "normalized"]
+    leaks: Literal["drop", "error"]
+    near_duplicates: Annotated[float, Field(gt=0, le=1)] | None
+    max_chars: Positive | None
+    on_bad_row: Literal["error", "skip"]
 
     @pydantic.model_validator(mode="after")
     def leaves_rows_to_train_on(self) -> Prepare:
-        if self.valid_fraction + self.test_fraction >= 1:
+        for name in ("valid", "test"):
+            if (getattr(self, f"{name}_fraction") is None) == (getattr(self, f"{name}_rows") is None):
+                raise ValueError(f"set either {name}_fraction or {name}_rows, and leave the other empty (null)")
+        if (self.valid_fraction or 0) + (self.test_fraction or 0) >= 1:
             raise ValueError("valid_fraction and test_fraction together must be less than 1")
         return self
 
 
 class Tokenize(Section):
     max_length: Annotated[int, Field(ge=8)]
-    train_on: Literal["all", "completion"]
+    over_length: Literal["truncate", "drop", "split", "error"]
+    overlap: Annotated[int, Field(ge=0)]
+    train_on: Literal["all", "completion", "assistant", "last_assistant"]
+    answer_marker: Annotated[str, Field(min_length=1)] | None
+    chat_template: Annotated[str, Field(min_length=1)] | None
+    add_eos: bool
+    on_bad_row: Literal["error", "skip"]
+
+    @pydantic.model_validator(mode="after")
+    def windows_advance(self) -> Tokenize:
+        if self.overlap > self.max_length // 2:
+            raise ValueError("overlap must not exceed half of max_length")
+        return self
 
 
 def _check_layers(value: Any) -> int | str | list[int]:

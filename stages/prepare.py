@@ -1,26 +1,28 @@
-"""Raw rows → prompts and completions, split into train, valid and test, with every row accounted for.
+"""Raw rows → prompts and completions, conversations or text, split into train, valid and test, every row accounted for.
 
 data/raw → data/prepared/{train,valid,test}.jsonl: `python -m stages.prepare data/raw --out data/prepared`
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from stages import console, files, params
-from stages.text import split
-from stages.text.rows import RawRow, jsonl_files, read_jsonl
-from stages.text.template import Template
+from stages.text import readers
+from stages.text.corpus import REASONS, Recipe, Report, write_corpus
+from stages.text.split import SPLITS
+
+_COLUMNS = (*SPLITS, "all")
 
 
 def prepare(
     raw: Annotated[
-        list[Path] | None, typer.Argument(help="JSONL files, or folders of them. [default: data/raw]")
+        list[Path] | None,
+        typer.Argument(help=f"Files, or folders of them: {readers.KINDS}. [default: data/raw]"),
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder to write train, valid and test.jsonl to.")] = Path(
         "data/prepared"
@@ -29,55 +31,42 @@ def prepare(
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:
-    """Read rows with the columns of `prepare.template` (or a `text`), write prompt and completion of each, by split.
+    """Read rows of any known shape, clean them, drop duplicates, and write them by split.
 
-    A row's split follows from its own text and `prepare.seed`: adding rows moves none of the old ones.
+    A file or folder called train, valid (validation, dev) or test keeps its split. Elsewhere a row's split follows from
+    its own text (or its group) and `prepare.seed`: with fractions, adding rows moves none of the old ones.
     """
+    started = time.perf_counter()
     options = params.load(params_file, overrides or ()).prepare
-    template = Template(options.template)
-    prepared: dict[str, dict[str, str]] = {}
-    ledger: Counter[str] = Counter()
-    for path in jsonl_files(raw or [Path("data/raw")]):
-        for row in read_jsonl(path):
-            ledger["rows_in"] += 1
-            record = _record(row, template)
-            if record["id"] in prepared:
-                ledger["dropped_duplicates"] += 1
-            prepared.setdefault(record["id"], record)
-
-    splits: dict[str, list[dict[str, str]]] = {name: [] for name in split.SPLITS}
-    fractions = {"valid_fraction": options.valid_fraction, "test_fraction": options.test_fraction}
-    for record in prepared.values():
-        splits[split.assign(record["id"], seed=options.seed, **fractions)].append(record)
-    _refuse_empty(splits, fractions)
-
-    with files.replacing(out) as draft:
-        draft.mkdir()
-        for name, records in splits.items():
-            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-            (draft / f"{name}.jsonl").write_bytes("".join(lines).encode())
-    counts = {name: len(records) for name, records in splits.items()}
-    summary = {"rows_in": ledger["rows_in"], "dropped_duplicates": ledger["dropped_duplicates"], **counts}
-    files.write_json(metrics, summary)
-    console.table(f"Prepared rows → {out}", ("", "rows"), summary.items())
+    if options.dataset is not None:
+        sources = readers.find_dataset(options.dataset)
+    else:
+        sources, ignored = readers.find(raw or [Path("data/raw")])
+        for path in ignored:
+            console.say(f"passed over: {path}")
+    recipe = Recipe(**options.model_dump(exclude={"dataset"}))
+    with files.replacing(out) as draft, console.progress("preparing", sum(s.size for s in sources)) as advance:
+        report = write_corpus(draft, sources, recipe, advance)
+        ledger = {name: report.ledger.figures(name) for name in _COLUMNS}
+    files.write_json(metrics, ledger)
+    _tell(report, ledger, out, time.perf_counter() - started)
 
 
-def _record(row: RawRow, template: Template) -> dict[str, str]:
-    try:
-        if "text" in row.fields and not set(template.columns) <= row.fields.keys():
-            template = Template("{text}")
-        prompt, completion = template.prompt(row.fields), template.completion(row.fields)
-    except ValueError as error:
-        raise ValueError(f"{row.place}: {error}; mend the row or prepare.template") from None
-    return {"id": split.row_id(prompt + completion), "source": row.place, "prompt": prompt, "completion": completion}
-
-
-def _refuse_empty(splits: dict[str, list[dict[str, str]]], fractions: dict[str, float]) -> None:
-    total = sum(map(len, splits.values()))
-    for name, records in splits.items():
-        if not records and fractions.get(f"{name}_fraction", 1) > 0:
-            mend = f"raise prepare.{name}_fraction" if name != "train" else "lower the other fractions"
-            raise ValueError(f"the {name} split got none of the {total} rows; add rows or {mend}")
+def _tell(report: Report, ledger: dict[str, dict[str, int]], out: Path, seconds: float) -> None:
+    for name, shape in report.shapes.items():
+        console.say(f"{name}: {shape}")
+    shown = [key for key in ledger["all"] if ledger["all"][key] or not key.startswith("dropped_")]
+    console.table(
+        f"Prepared rows → {out}",
+        ("", *_COLUMNS),
+        ((key.replace("_", " "), *(ledger[name][key] for name in _COLUMNS)) for key in shown),
+    )
+    total = ledger["all"]
+    dropped = sum(total[f"dropped_{reason}"] for reason in REASONS)
+    rate = total["rows_in"] / seconds
+    console.say(f"{total['rows_in']:,} rows in = {total['rows_used']:,} used + {dropped:,} dropped; {rate:,.0f} rows/s")
+    for place, earlier in report.near_pairs[:5]:
+        console.say(f"{place} resembles {earlier}")
 
 
 if __name__ == "__main__":

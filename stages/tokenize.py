@@ -1,4 +1,4 @@
-"""Prompts and completions → token ids and loss masks, as Parquet.
+"""Prepared rows → token ids and loss masks, as Parquet.
 
 data/prepared + artifacts/base.json → data/tokens/{train,valid,test}.parquet:
 `python -m stages.tokenize data/prepared --out data/tokens`
@@ -7,15 +7,22 @@ data/prepared + artifacts/base.json → data/tokens/{train,valid,test}.parquet:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from stages import base, console, files, params
+from stages.text.encode import Encoded, Encoder
+from stages.text.lengths import Tally, fallback_ids
+from stages.text.prepared import read_prepared
 from stages.text.split import SPLITS
-from stages.text.tokens import PreparedRow, TokenRow, encode, load_tokenizer
+from stages.text.tokens import TokenRow, load_tokenizer
+
+_COLUMNS = (*SPLITS, "all")
 
 
 def tokenize(
@@ -23,53 +30,97 @@ def tokenize(
     base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
     out: Annotated[Path, typer.Option(help="The folder to write Parquet files to.")] = Path("data/tokens"),
     metrics: Annotated[Path, typer.Option(help="The ledger to write.")] = Path("artifacts/metrics/tokenize.json"),
+    plot: Annotated[Path, typer.Option(help="The histogram of lengths to write.")] = Path(
+        "artifacts/plots/lengths.csv"
+    ),
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:
-    """Encode each row with the base model's tokenizer, EOS at its end, and mark the tokens that training scores."""
+    """Encode each row with the base model's tokenizer; mark the tokens that training scores: answers with their ends.
+
+    Look at the result with `python -m stages inspect data/tokens/train.parquet --row 3`.
+    """
     from stages.text.parquet import write_tokens
 
     settings = params.load(params_file, overrides or ())
+    options = settings.tokenize
     manifest = base.read(base_file)
     tokenizer = load_tokenizer(base.locate(manifest), trust_remote_code=settings.model.trust_remote_code)
-    metadata = {"tokenizer": manifest.tokenizer_identity, **settings.tokenize.model_dump()}
-    ledger: dict[str, dict[str, Any]] = {}
+    encoder = Encoder(tokenizer, **options.model_dump(exclude={"on_bad_row"}))
+    tally = Tally(fallback_ids(encoder.backend))
+    made_of = _sources(prepared)
+    about = {"tokenizer": manifest.tokenizer_identity, "policy": options.model_dump(), "sources": made_of["sources"]}
+    started = time.perf_counter()
     with files.replacing(out) as draft:
         draft.mkdir()
         for name in SPLITS:
-            rows = _read(prepared / f"{name}.jsonl")
-            ledger[name] = {"rows": 0, "truncated": 0, "tokens": 0, "trained_tokens": 0, "longest": 0}
-            with console.progress(f"tokenizing {name}", total=len(rows)) as advance:
-                encoded = encode(rows, tokenizer, **settings.tokenize.model_dump())
-                write_tokens(draft / f"{name}.parquet", _counted(encoded, ledger[name], advance), metadata)
-    files.write_json(metrics, ledger)
-    console.table(
-        f"Tokens → {out}",
-        ("", *SPLITS),
-        ((key.replace("_", " "), *(ledger[name][key] for name in SPLITS)) for key in ledger["train"]),
-    )
+            total = made_of["rows"].get(name)
+            with console.progress(f"tokenizing {name}", total=total, unit="rows") as advance:
+                encoded = encoder.encode(read_prepared(prepared / f"{name}.jsonl"))
+                rows = _counted(encoded, partial(tally.count, name), options, advance)
+                write_tokens(draft / f"{name}.parquet", rows, partial(_about, about, encoder, tally, name))
+            _refuse_empty(name, tally.figures(name))
+        figures = {name: tally.figures(name) for name in _COLUMNS}
+    files.write_json(metrics, figures)
+    files.write_text(plot, "".join(["length,split,rows\n", *(f"{a},{b},{c}\n" for a, b, c in tally.histogram())]))
+    _tell(figures, tally.advice(options.max_length), out, time.perf_counter() - started)
 
 
-def _read(path: Path) -> list[PreparedRow]:
+def _sources(prepared: Path) -> dict[str, Any]:
+    """What prepare says of its sources, and the rows of each split."""
+    path = prepared / "sources.json"
     try:
-        with path.open(encoding="utf-8") as file:
-            return [PreparedRow(**json.loads(line)) for line in file]
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; make it with: python -m stages.prepare") from None
-    except (json.JSONDecodeError, TypeError, UnicodeDecodeError):
+    except ValueError:
         raise ValueError(f"{path}: not written by prepare; make it anew with: python -m stages.prepare") from None
 
 
-def _counted(rows: Iterable[TokenRow], ledger: dict[str, int], advance: Any) -> Iterator[TokenRow]:
-    """The rows as they are, counted on their way."""
-    for row in rows:
-        ledger["rows"] += 1
-        ledger["truncated"] += row.truncated
-        ledger["tokens"] += len(row.input_ids)
-        ledger["trained_tokens"] += int(row.loss_mask.sum())
-        ledger["longest"] = max(ledger["longest"], len(row.input_ids))
+def _about(about: dict[str, Any], encoder: Encoder, tally: Tally, name: str) -> dict[str, Any]:
+    """What the file of a split says about itself."""
+    return {**about, "chat_template": encoder.template_hash, "ledger": tally.figures(name)}
+
+
+def _counted(
+    results: Iterator[Encoded], count: Callable[[Encoded], None], options: params.Tokenize, advance: Any
+) -> Iterator[TokenRow]:
+    """The token rows, their making counted on the way.
+
+    Raises:
+        ValueError: a row that the parameters make an error.
+    """
+    for result in results:
+        if (result.reason == "bad" and options.on_bad_row == "error") or (
+            result.reason == "too_long" and options.over_length == "error"
+        ):
+            raise ValueError(result.message)
+        count(result)
         advance(1)
-        yield row
+        yield from result.rows
+
+
+def _refuse_empty(name: str, figures: dict[str, Any]) -> None:
+    if figures["rows_in"] and not figures["rows"]:
+        reasons = ", ".join(f"{key} {count}" for key, count in figures.items() if key.startswith("dropped_") and count)
+        raise ValueError(
+            f"the {name} split has no row left of {figures['rows_in']} ({reasons}); see tokenize in params"
+        )
+
+
+def _tell(figures: dict[str, dict[str, Any]], advice: list[str], out: Path, seconds: float) -> None:
+    total = figures["all"]
+    shown = [key for key in total if total[key] or not key.startswith("dropped_")]
+    console.table(
+        f"Tokens → {out}",
+        ("", *_COLUMNS),
+        ((key.replace("_", " "), *(figures[name][key] for name in _COLUMNS)) for key in shown),
+    )
+    dropped = total["rows_in"] - total["rows_used"]
+    rates = f"{total['rows_in'] / seconds:,.0f} rows/s, {total['tokens'] / seconds:,.0f} tokens/s"
+    console.say(f"{total['rows_in']:,} rows in = {total['rows_used']:,} used + {dropped:,} dropped; {rates}")
+    for line in advice:
+        console.say(line)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Answers to prompts: many at once in one batch, or one as a stream."""
+"""Answers to prompts, which come as token ids: many at once in one batch, or one as a stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def load_decoder(directory: Path, config: dict[str, Any], *, trust_remote_code: 
 def answer_all(
     model: nn.Module,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
     temperature: float,
@@ -37,7 +37,7 @@ def answer_all(
         completion_batch_size=batch_size,
         prefill_batch_size=batch_size,
     )
-    uids = generator.insert([tokenizer.encode(prompt) for prompt in prompts], [max_tokens] * len(prompts))
+    uids = generator.insert([list(prompt) for prompt in prompts], [max_tokens] * len(prompts))
     answers: dict[int, list[int]] = {uid: [] for uid in uids}
     try:
         while responses := generator.next_generated():
@@ -53,10 +53,10 @@ def answer_all(
 
 
 def answer_stream(
-    model: nn.Module, tokenizer: Any, prompt: str, *, max_tokens: int, temperature: float, seed: int
+    model: nn.Module, tokenizer: Any, prompt: Sequence[int], *, max_tokens: int, temperature: float, seed: int
 ) -> Iterator[str]:
     """The answer to one prompt, piece by piece."""
     mx.random.seed(seed)
     sampler = make_sampler(temperature)
-    for response in stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, sampler=sampler):
+    for response in stream_generate(model, tokenizer, list(prompt), max_tokens=max_tokens, sampler=sampler):
         yield response.text

@@ -7,7 +7,7 @@ prompt, the rest the completion, the part that the model is to produce.
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -23,32 +23,57 @@ class Template:
             parts = list(string.Formatter().parse(text))
         except ValueError as error:
             raise ValueError(f"prepare.template: {error}; double a brace that stands for itself") from None
+        self.text = text
         self.columns = [name for _, name, _, _ in parts if name is not None]
+        if any(spec or conversion for _, _, spec, conversion in parts):
+            raise ValueError("prepare.template: a column stands alone in its braces, without : or !")
         if not self.columns or not all(name.isidentifier() for name in self.columns):
             raise ValueError("prepare.template: needs column names in braces, such as {question} and {answer}")
+        # Alpaca's input is empty where the instruction says it all.
+        self.optional = {"input"} if {"instruction", "input"} <= set(self.columns) else set()
         last = max(index for index, part in enumerate(parts) if part[1] is not None)
         self._prompt = [(literal, name) for literal, name, _, _ in parts[:last]] + [(parts[last][0], None)]
         self._completion = [("", parts[last][1])] + [(literal, name) for literal, name, _, _ in parts[last + 1 :]]
 
     def prompt(self, row: Mapping[str, Any]) -> str:
         """All that precedes the completion; needs just the columns that occur there."""
-        return _render(self._prompt, row)
+        return self._render(self._prompt, row)
 
     def completion(self, row: Mapping[str, Any]) -> str:
         """What the model is to learn to produce."""
-        return _render(self._completion, row)
+        return self._render(self._completion, row)
+
+    def _render(self, parts: list[tuple[str, str | None]], row: Mapping[str, Any]) -> str:
+        return "".join(literal + (self._column(row, name) if name else "") for literal, name in parts)
+
+    def _column(self, row: Mapping[str, Any], name: str) -> str:
+        if name in self.optional and row.get(name) in (None, ""):
+            return ""
+        return text_of(row, name)
 
 
-def _render(parts: list[tuple[str, str | None]], row: Mapping[str, Any]) -> str:
-    return "".join(literal + (_column(row, name) if name else "") for literal, name in parts)
+class EmptyError(ValueError):
+    """A column that should hold the row's text holds none: the row is dropped, it is no mistake."""
 
 
-def _column(row: Mapping[str, Any], name: str) -> str:
+def text_of(row: Mapping[str, Any], name: str) -> str:
+    """The text in a row's column.
+
+    Raises:
+        ValueError: there is no such column, or it holds something else.
+        EmptyError: it holds nothing, or white space only.
+    """
     if name not in row:
-        raise ValueError(f"has no {name!r} (it has: {', '.join(map(str, row)) or 'nothing'})")
+        raise ValueError(f"has no {name!r} (it has: {listed(row)})")
     value = row[name]
     if not isinstance(value, str):
-        raise ValueError(f"{name!r} must be text, not {type(value).__name__}")
+        raise ValueError(f"{name!r} must be text, not {'null' if value is None else type(value).__name__}")
     if not value.strip():
-        raise ValueError(f"{name!r} is empty")
+        raise EmptyError(f"{name!r} is empty")
     return value
+
+
+def listed(names: Iterable[Any], limit: int = 8) -> str:
+    """Column names for a message of one line, whatever they are made of."""
+    shown = [str(name) if str(name).isprintable() else ascii(name) for name in names]
+    return ", ".join([*shown[:limit], *(["…"] if len(shown) > limit else [])]) or "nothing"

@@ -321,9 +321,8 @@ def test_mlx_lm_generates_with_the_adapter_and_fuses_it(
 ) -> None:
     model = saved(tiny_llama, tmp_path / "adapter", **choice)
     base = ["--model", str(tiny_llama), "--adapter-path", str(tmp_path / "adapter")]
-    expected = "".join(
-        answer_stream(model, load_decoder(tiny_llama, {}), "abc", max_tokens=12, temperature=0.0, seed=0)
-    )
+    decoder = load_decoder(tiny_llama, {})
+    expected = "".join(answer_stream(model, decoder, decoder.encode("abc"), max_tokens=12, temperature=0.0, seed=0))
     answer = mlx_lm("generate", *base, "--prompt", "abc", "--max-tokens", "12", "--verbose", "False")
     assert answer.strip() == expected.strip() != ""
     mlx_lm("fuse", *base, "--save-path", str(tmp_path / "fused"))

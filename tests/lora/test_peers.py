@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -112,7 +112,7 @@ def peft_model(folder: Path, weights: dict[str, mx.array]) -> Any:
         lora_alpha=ours.scale * ours.rank,
         lora_dropout=ours.dropout,
         target_modules=[key.split(".")[-1] for key in ours.keys],
-        layers_to_transform=list(range(len(base.model.layers) - ours.layers, len(base.model.layers))),
+        layers_to_transform=list(range(len(base.model.layers) - cast(int, ours.layers), len(base.model.layers))),
     )
     model = peft.get_peft_model(base, like_ours)
     trainable = parameters(model)

@@ -1,0 +1,99 @@
+"""One row of a token file as training sees it, trained tokens coloured:
+`python -m stages inspect data/tokens/train.parquet --row 3`
+"""
+
+from __future__ import annotations
+
+import random as randomness
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from stages import base, console, params
+
+if TYPE_CHECKING:
+    from stages.text.tokens import TokenRow
+
+_TRAINED, _CONTEXT = ("black on green", "black on bright_green"), ("dim", "dim italic")
+# Control characters would drive the terminal: their pictures stand for them.
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+
+
+def inspect(
+    tokens: Annotated[Path, typer.Argument(help="A file that tokenize wrote.")] = Path("data/tokens/train.parquet"),
+    row: Annotated[int, typer.Option(min=0, help="The row, counted from 0.")] = 0,
+    longest: Annotated[bool, typer.Option("--longest", help="The longest row.")] = False,
+    random: Annotated[bool, typer.Option("--random", help="Any row, another one each time.")] = False,
+    base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
+    params_file: console.ParamsFile = console.DEFAULT_PARAMS,
+    overrides: console.Overrides = None,
+) -> None:
+    """Print a row's tokens: coloured is what the model learns to produce, dim is what it only reads.
+
+    Neighbouring tokens differ in shade. Where colours are not shown (a file, a pipe), «…» surrounds what is learned.
+    """
+    from stages.text.parquet import read_lengths, read_metadata, read_row
+    from stages.text.tokens import load_tokenizer
+
+    trust = params.load(params_file, overrides or ()).model.trust_remote_code
+    about, lengths = read_metadata(tokens), read_lengths(tokens)
+    if longest:
+        row = int(lengths.argmax()) if len(lengths) else 0
+    elif random:
+        row = randomness.SystemRandom().randrange(max(len(lengths), 1))
+    chosen = read_row(tokens, row)
+    manifest = base.read(base_file)
+    if about["tokenizer"] != manifest.tokenizer_identity:
+        raise ValueError(f"{tokens}: made with another base model's tokenizer; run: python -m stages.tokenize")
+    tokenizer = load_tokenizer(base.locate(manifest), trust_remote_code=trust)
+    policy = about["policy"]
+    console.say(f"Row {row} of {len(lengths):,}, id {chosen.id}, from {chosen.source}")
+    console.out.print(_shown(chosen, tokenizer, coloured=console.out.is_terminal), soft_wrap=True)
+    trained = int(chosen.loss_mask.sum())
+    console.table(
+        "What the model learns from it",
+        ("", "value"),
+        [
+            ("tokens", len(chosen.input_ids)),
+            ("trained tokens", f"{trained:,} ({trained / len(chosen.input_ids):.0%})"),
+            ("max_length", policy["max_length"]),
+            ("cut to fit", "yes" if chosen.truncated else "no"),
+            ("longer rows in the file", int((lengths > len(chosen.input_ids)).sum())),
+            ("train_on", policy["train_on"]),
+        ],
+    )
+
+
+def _shown(row: TokenRow, tokenizer: Any, *, coloured: bool) -> Text:
+    """The row's text, piece by piece: a piece is as many tokens as it takes to make whole characters."""
+    shown, shade, before = Text(), 0, False
+    for ids, trained in pieces(row, tokenizer):
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).translate(_PICTURES)
+        if coloured:
+            styles = _TRAINED if trained else _CONTEXT
+            shown.append(text, styles[shade % 2])
+        else:
+            shown.append(("«" if trained else "»") * (trained is not before) + text)
+        shade, before = shade + 1, trained
+    if before and not coloured:
+        shown.append("»")
+    return shown
+
+
+def pieces(row: TokenRow, tokenizer: Any) -> list[tuple[list[int], bool]]:
+    """Runs of tokens that are whole characters together, all trained or none."""
+    made: list[tuple[list[int], bool]] = []
+    open_piece = False
+    for index, on in zip(row.input_ids.tolist(), row.loss_mask.tolist(), strict=True):
+        if open_piece and made[-1][1] == on:
+            made[-1][0].append(index)
+        else:
+            made.append(([index], on))
+        open_piece = "\N{REPLACEMENT CHARACTER}" in tokenizer.decode(made[-1][0], skip_special_tokens=False)
+    return made
+
+
+if __name__ == "__main__":
+    console.main(inspect)

@@ -1,0 +1,36 @@
+"""Tokenizers of a few lines, in memory: one token a byte, with the merges and templates that a test asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ("<|end|>", "<|im_start|>", "<|im_end|>", "<s>")
+
+
+def tokenizer(*merges: tuple[str, str], template: str | None = CHATML, bos: bool = False, trim: bool = False) -> Any:
+    """A byte-level tokenizer; `bos`: it puts <s> before a text; `trim`: it trims white space from offsets."""
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate([*alphabet, *(a + b for a, b in merges)])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    parts: list[Any] = [processors.ByteLevel(trim_offsets=True)] if trim else []
+    if bos:
+        parts.append(
+            processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
+        )
+    if parts:
+        backend.post_processor = processors.Sequence(parts)
+    names = {"eos_token": "<|end|>", **({"bos_token": "<s>"} if bos else {})}
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    made.chat_template = template
+    return made

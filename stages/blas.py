@@ -38,10 +38,11 @@ def preload() -> None:
     Raises:
         ValueError: `$LORABUILD_BLAS` names a library that cannot serve.
     """
-    if _loaded is not None or not is_needed() or "mlx.core" in sys.modules:
-        return
     choice = os.environ.get("LORABUILD_BLAS", "")
-    if choice.lower() == "none":
+    if _loaded is not None or not is_needed() or choice.lower() == "none":
+        return
+    if "mlx.core" in sys.modules:
+        warnings.warn("MLX was imported before stages.lora, and keeps its slow reference BLAS", stacklevel=2)
         return
     if choice:
         try:

@@ -78,17 +78,45 @@ class Tokenize(Section):
         return self
 
 
+def _check_layers(value: Any) -> int | str | list[int]:
+    """The last N, all, or a list: checked by hand, for a union's errors are one for each of its members."""
+    if value == "all" or (type(value) is int and value >= 1):
+        return value
+    if (
+        isinstance(value, list)
+        and value
+        and all(type(index) is int and index >= 0 for index in value)
+        and len(set(value)) == len(value)
+    ):
+        return value
+    raise ValueError(
+        f"must be how many of the last layers, 'all', or a list of different indices from 0, not {value!r}"
+    )
+
+
 class Lora(Section):
+    type: Literal["lora", "dora"]
     rank: Positive
-    alpha: Annotated[float, Field(gt=0)]
+    alpha: Annotated[float, Field(gt=0)] | None
+    scale: Annotated[float, Field(gt=0)] | None
+    rank_stabilized: bool
     dropout: Fraction
     targets: Annotated[list[str], Field(min_length=1)]
-    layers: Positive
+    layers: Annotated[int | str | list[int], pydantic.PlainValidator(_check_layers)]
+
+    @pydantic.model_validator(mode="after")
+    def is_scaled_one_way(self) -> Lora:
+        if (self.alpha is None) == (self.scale is None):
+            raise ValueError("set either alpha or scale, and leave the other empty (null)")
+        if self.rank_stabilized and self.alpha is None:
+            raise ValueError("rank_stabilized divides alpha: set alpha in place of scale, or rank_stabilized to false")
+        return self
 
 
 class Train(Section):
     epochs: Positive | None
     iters: Positive | None
+    init_adapter: Annotated[str, Field(min_length=1)] | None
     batch_size: Positive
     grad_accumulation: Positive
     optimizer: Literal["adamw", "adam", "sgd", "adafactor", "lion", "muon"]

@@ -14,6 +14,7 @@ import typer
 from stages import base, console, files, params, resume
 
 if TYPE_CHECKING:
+    from stages.lora.adapter import LoraConfig
     from stages.lora.loop import Event, TrainConfig, Trainer
 
 
@@ -31,7 +32,7 @@ def train(
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:
-    """Adapt the last `lora.layers` layers' `lora.targets` to the training rows, in mlx-lm's adapter format.
+    """Adapt the `lora.targets` of `lora.layers` to the training rows, in mlx-lm's adapter format.
 
     Its state is saved as it goes, under `artifacts/checkpoints`. Interrupted at any moment, by whatever, the same
     command goes on and ends in the same bytes; with other parameters, rows or another base it starts afresh.
@@ -52,6 +53,7 @@ def train(
         params=settings.model_dump(include={"seed", "lora", "train"}) | {"dtype": settings.model.dtype},
         tokens={name: files.sha256(path) for name, path in splits.items()},
         base=manifest.identity,
+        init_adapter=_digest(settings.train.init_adapter),
     )
     checkpoints = Checkpoints(resume.checkpoint_root(), run)
     trainer = Trainer(model, rows["train"], rows["valid"], config)
@@ -77,32 +79,39 @@ def train(
     console.table(f"Training → {out}", ("", "value"), ((name.replace("_", " "), v) for name, v in summary.items()))
 
 
-def _adapted_model(settings: params.Params, manifest: base.Base) -> tuple[Any, Any]:
-    """The base model with a fresh adapter, and the adapter's config."""
+def _adapted_model(settings: params.Params, manifest: base.Base) -> tuple[Any, LoraConfig]:
+    """The base model with its adapter, fresh or taken from `train.init_adapter`, and the adapter's config."""
     from stages.lora import adapter
     from stages.lora.model import load_base
 
     directory = base.locate(manifest)
     with console.progress("loading the base model"):
         model, _ = load_base(directory, dtype=settings.model.dtype, trust_remote_code=settings.model.trust_remote_code)
-    wanted = settings.lora
-    config = adapter.LoraConfig(
-        rank=wanted.rank,
-        scale=wanted.alpha / wanted.rank,
-        dropout=wanted.dropout,
-        keys=adapter.resolve(model, wanted.targets, layers=wanted.layers),
-        layers=wanted.layers,
-    )
-    modules = adapter.attach(model, config, seed=settings.seed)
-    trainable = sum(array.size for array in adapter.weights(model).values())
-    console.say(f"{len(modules)} modules adapted, {trainable:,} trainable parameters")
+    config = adapter.configure(model, **settings.lora.model_dump())
+    if settings.train.init_adapter is None:
+        adapter.attach(model, config, seed=settings.seed)
+    else:
+        adapter.start_from(model, Path(settings.train.init_adapter), config)
+    groups, parameters = adapter.summary(model)
+    trainable = sum(group.parameters for group in groups)
+    modules = [(group.key, group.layers, group.parameters) for group in groups]
+    total = ("all", sum(group.layers for group in groups), trainable)
+    console.table("Adapter", ("module", "adapted", "trainable parameters"), [*modules, total])
+    console.say(f"{trainable / parameters:.3%} of {parameters:,} parameters are trained")
     return model, config
+
+
+def _digest(init_adapter: str | None) -> str | None:
+    """The bytes that an earlier adapter starts the run with."""
+    from stages.lora.adapter import WEIGHTS_FILE
+
+    return None if init_adapter is None else files.sha256(Path(init_adapter) / WEIGHTS_FILE)
 
 
 def _config(settings: params.Params, rows: int) -> TrainConfig:
     from stages.lora.loop import TrainConfig, updates_per_epoch
 
-    options = settings.train.model_dump(exclude={"epochs", "iters"})
+    options = settings.train.model_dump(exclude={"epochs", "iters", "init_adapter"})
     options["betas"] = tuple(options["betas"])
     per_epoch = updates_per_epoch(rows, rows_per_update=options["batch_size"] * options["grad_accumulation"])
     steps = settings.train.iters or (settings.train.epochs or 0) * per_epoch

@@ -35,7 +35,7 @@ def test_the_committed_file_is_valid() -> None:
 
 def test_all_mistakes_are_reported_at_once_with_their_lines(file: Path) -> None:
     text = TEXT.replace("rank: 8", "rnak: 8").replace("valid_fraction: 0.06", "valid_fraction: 1.5")
-    text = text.replace("learning_rate: 0.001", "learning_rate: fast")
+    text = text.replace("learning_rate: 0.003", "learning_rate: fast")
     file.write_text(text, encoding="utf-8")
     found = problems(file)
     assert [line.split(": ")[0] + " " + line.split(": ")[1] for line in found] == [
@@ -50,7 +50,7 @@ def test_all_mistakes_are_reported_at_once_with_their_lines(file: Path) -> None:
 
 def test_scientific_notation_is_a_number(file: Path) -> None:
     assert load(file, ["train.learning_rate=5e-05"]).train.learning_rate == 5e-5
-    file.write_text(TEXT.replace("learning_rate: 0.001", "learning_rate: 5e-05"), encoding="utf-8")
+    file.write_text(TEXT.replace("learning_rate: 0.003", "learning_rate: 5e-05"), encoding="utf-8")
     assert load(file).train.learning_rate == 5e-5
 
 
@@ -64,6 +64,7 @@ def test_scientific_notation_is_a_number(file: Path) -> None:
         ("train.batch_size=2.5", "--set train.batch_size=2.5: must be a valid integer, not 2.5"),
         ("train.batch_size='4'", "--set train.batch_size='4': must be a valid integer, not '4'"),
         ("lora.targets=[]", "--set lora.targets=[]: list should have at least 1 item after validation, not 0"),
+        ("lora.type=dara", "--set lora.type=dara: must be 'lora' or 'dora', not 'dara'"),
         ("lroa.rank=8", "--set lroa.rank=8: there is no section 'lroa'; did you mean 'lora'?"),
         ("rank", "--set rank: write it as section.key=value"),
         ("lora.rank=[", "--set lora.rank=[: '[' is not a YAML value; quote it"),
@@ -79,6 +80,29 @@ def test_a_bad_override_is_one_clear_line(file: Path, override: str, line: str) 
 def test_epochs_and_iters_exclude_each_other(file: Path) -> None:
     assert "either epochs or iters" in problems(file, "train.epochs=1", "train.iters=5")[0]
     assert "either epochs or iters" in problems(file, "train.epochs=null", "train.iters=null")[0]
+
+
+def test_alpha_and_scale_exclude_each_other(file: Path) -> None:
+    assert "either alpha or scale" in problems(file, "lora.scale=2.0")[0]
+    assert "either alpha or scale" in problems(file, "lora.alpha=null")[0]
+    lora = load(file, ["lora.alpha=null", "lora.scale=2.0"]).lora
+    assert (lora.alpha, lora.scale) == (None, 2.0)
+
+
+def test_rank_stabilisation_needs_alpha(file: Path) -> None:
+    found = problems(file, "lora.alpha=null", "lora.scale=2.0", "lora.rank_stabilized=true")
+    assert "rank_stabilized divides alpha" in found[0]
+
+
+@pytest.mark.parametrize(("written", "read"), [("4", 4), ("all", "all"), ("[0, 2]", [0, 2])])
+def test_layers_are_a_number_all_or_a_list(file: Path, written: str, read: object) -> None:
+    assert load(file, [f"lora.layers={written}"]).lora.layers == read
+
+
+@pytest.mark.parametrize("written", ["0", "-1", "2.5", "some", "[]", "[-1]", "[1, 1]", "[a]", "true", "null"])
+def test_other_layers_are_one_clear_line(file: Path, written: str) -> None:
+    (line,) = problems(file, f"lora.layers={written}")
+    assert line.startswith(f"--set lora.layers={written}: must be how many of the last layers, 'all', or a list of")
 
 
 def test_fractions_must_leave_rows_to_train_on(file: Path) -> None:

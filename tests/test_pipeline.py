@@ -182,8 +182,9 @@ def test_a_stage_without_its_input_says_what_makes_it(project: Path, stage: Any)
 @pytest.mark.parametrize(
     "override",
     ["lora.rank=2", "lora.alpha=1", "lora.dropout=0.5", "lora.targets=[q_proj]", "lora.layers=1", "train.iters=3",
+     "lora.type=dora", "lora.rank_stabilized=true", "lora.layers=all", "lora.layers=[0, 2]",
      "train.batch_size=2", "train.grad_accumulation=2", "train.optimizer=lion", "train.betas=[0.5, 0.9]",
-     "train.weight_decay=9.0", "train.learning_rate=0.1", "train.schedule=cosine", "train.warmup_steps=0",
+     "train.weight_decay=9.0", "train.learning_rate=0.1", "train.schedule=constant", "train.warmup_steps=0",
      "train.max_grad_norm=0.0001", "seed=3", "model.dtype=bfloat16"],
 )  # fmt: skip
 def test_each_training_parameter_shapes_the_adapter(project: Path, override: str) -> None:
@@ -211,6 +212,19 @@ def test_the_best_adapter_is_kept_and_its_step_told(project: Path) -> None:
     train(overrides=[*options, "train.keep=best", "train.patience=2"])
     assert read("artifacts/metrics/train.json")["steps"] < 30
     assert read("artifacts/metrics/train.json")["stopped_early"] == 1
+
+
+def test_training_starts_from_an_earlier_adapter(project: Path) -> None:
+    run(fetch, prepare, tokenize)
+    train(overrides=["train.learning_rate=0.01", "train.iters=40"])
+    shutil.copytree("artifacts/adapter", "earlier")
+    reached = read("artifacts/metrics/train.json")["valid_loss"]
+    train(overrides=["train.init_adapter=earlier"])
+    assert read("artifacts/metrics/train.json")["valid_loss_before"] == reached
+    with pytest.raises(ValueError, match=r"lora.rank is 4 there and 2 here; set lora.rank to 4"):
+        train(overrides=["train.init_adapter=earlier", "lora.rank=2"])
+    with pytest.raises(ValueError, match=r"nowhere/adapter_config.json: no such file"):
+        train(overrides=["train.init_adapter=nowhere"])
 
 
 def test_recomputing_activations_changes_no_byte(project: Path) -> None:

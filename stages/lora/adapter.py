@@ -1,14 +1,17 @@
-"""The LoRA adapter: put onto a model, saved and loaded in mlx-lm's format.
+"""The adapter: put onto a model, saved and loaded in mlx-lm's format.
 
-Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685). The layer is mlx-lm's
-`LoRALinear`: y = W x + scale · (dropout(x) A) B, with A (in, rank) uniform and B (rank, out) zero at the start.
+Sources: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685); Kalajdzievski, "A Rank
+Stabilization Scaling Factor for Fine-Tuning with LoRA" (arXiv 2312.03732); Liu et al., "DoRA: Weight-Decomposed
+Low-Rank Adaptation" (arXiv 2402.09353). The layers are mlx-lm's. `LoRALinear`: y = W x + scale · (dropout(x) A) B, with
+A (in, rank) uniform and B (rank, out) zero at the start; `DoRALinear` gives each row of W + scale · (A B)ᵀ a trained
+norm `m`.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,72 +21,119 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from mlx_lm.utils import get_total_parameters
+
+from stages.lora.arrays import write_arrays
+from stages.lora.targets import LINEAR, SWITCH, chosen, layer_indices, resolve, routers
 
 WEIGHTS_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
+_IN_LAYER = re.compile(r"^.*?\blayers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What shapes an adapter: `keys` are module paths inside a layer (`self_attn.q_proj`) of the last `layers`."""
+    """What shapes an adapter.
+
+    `keys` are module paths inside a layer (`self_attn.q_proj`) and full names of modules outside (`lm_head`); `layers`
+    the last N, or a tuple of indices.
+    """
 
     rank: int
     scale: float
     dropout: float
     keys: tuple[str, ...]
-    layers: int
+    layers: int | tuple[int, ...]
+    type: str = "lora"  # or "dora"
 
 
-def resolve(model: nn.Module, targets: Sequence[str], *, layers: int) -> tuple[str, ...]:
-    """The module paths inside a layer that `targets` name, by full path or by last part.
+def scaling(*, rank: int, alpha: float | None, scale: float | None, rank_stabilized: bool) -> float:
+    """What the adapter's output is multiplied by: `scale` itself, or alpha over the rank or over its square root."""
+    if alpha is None:
+        return cast(float, scale)
+    return alpha / (math.sqrt(rank) if rank_stabilized else rank)
+
+
+def configure(
+    model: nn.Module,
+    *,
+    type: str,  # noqa: A002  the parameter's name
+    rank: int,
+    alpha: float | None,
+    scale: float | None,
+    rank_stabilized: bool,
+    dropout: float,
+    targets: Sequence[str],
+    layers: int | str | Sequence[int],
+) -> LoraConfig:
+    """The `lora` section of the parameters, made definite for this model.
 
     Raises:
-        ValueError: the model has fewer layers, or a target names none of its linear modules.
+        ValueError: the model lacks such layers or modules.
     """
-    if layers > len(model.layers):
-        raise ValueError(f"lora.layers: {layers} layers wanted, the base model has {len(model.layers)}")
-    linear = {
-        name
-        for layer in model.layers[-layers:]
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear | nn.QuantizedLinear)
-    }
-    keys: set[str] = set()
-    for target in targets:
-        found = {name for name in linear if name == target or name.endswith(f".{target}")}
-        if not found:
-            near = difflib.get_close_matches(target, [*linear, *(name.split(".")[-1] for name in linear)], n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(
-                f"lora.targets: {target!r} is no linear module of a layer; {hint}There are: {', '.join(sorted(linear))}"
-            )
-        keys |= found
-    return tuple(sorted(keys))
+    count = len(model.layers)
+    indices = layer_indices(count, layers)
+    factor = scaling(rank=rank, alpha=alpha, scale=scale, rank_stabilized=rank_stabilized)
+    is_tail = indices == tuple(range(count - len(indices), count))
+    keys = resolve(model, targets, layers=indices)
+    return LoraConfig(rank, factor, dropout, keys, len(indices) if is_tail else indices, type)
 
 
 def attach(model: nn.Module, config: LoraConfig, *, seed: int) -> list[str]:
     """Put a fresh adapter onto the frozen model; returns the adapted modules' names.
 
     A's values depend on the seed and on the module's own name, so that another choice of modules changes none of them.
+
+    Raises:
+        ValueError: a module is missing, narrower than the rank, or of a kind that `config.type` has no form for.
     """
-    adapted: list[tuple[str, nn.Module]] = []
-    first = len(model.layers) - config.layers
-    names = {id(module): name for name, module in model.named_modules()}
-    for layer in model.layers[first:]:
-        modules = dict(layer.named_modules())
-        for key in config.keys:
-            linear = modules[key]
-            lora = LoRALinear.from_base(linear, r=config.rank, dropout=config.dropout, scale=config.scale)
-            width, rank = lora.lora_a.shape
-            if rank > min(width, lora.lora_b.shape[1]):
-                raise ValueError(
-                    f"lora.rank: {rank} exceeds the width of {names[id(linear)]}, {min(width, lora.lora_b.shape[1])}"
-                )
-            bound = 1 / math.sqrt(width)
-            lora.lora_a = mx.random.uniform(-bound, bound, (width, rank), key=_key(seed, names[id(linear)]))
-            adapted.append((names[id(linear)], lora))
+    found = chosen(model, config.keys, layers=layer_indices(len(model.layers), config.layers))
+    if config.type == "dora":
+        _refuse_dora(found)
+    # A gate is as wide as there are experts: one rank serves it and its wider neighbours.
+    exempt = routers(dict(model.named_modules()))
+    adapted = [(name, _adapted(module, config, name=name, seed=seed)) for name, module in found]
+    for name, layer in adapted:
+        width = _narrowest(layer)
+        if config.rank > width and name not in exempt:
+            raise ValueError(f"lora.rank: {config.rank} exceeds the width of {name}, {width}")
     model.update_modules(tree_unflatten(adapted))
     return [name for name, _ in adapted]
+
+
+def _refuse_dora(modules: Sequence[tuple[str, nn.Module]]) -> None:
+    without = {_IN_LAYER.sub("", name) for name, module in modules if not isinstance(module, LINEAR)}
+    if without:
+        raise ValueError(
+            f"lora.type: dora has no form for switch layers and embeddings ({', '.join(sorted(without))}); "
+            "take them out of lora.targets, or set lora.type to lora"
+        )
+
+
+def _adapted(module: nn.Module, config: LoraConfig, *, name: str, seed: int) -> nn.Module:
+    """The module inside an adapter layer, A's values set."""
+    kinds = {LINEAR: DoRALinear if config.type == "dora" else LoRALinear, SWITCH: LoRASwitchLinear}
+    kind = next((kind for classes, kind in kinds.items() if isinstance(module, classes)), LoRAEmbedding)
+    layer = kind.from_base(module, r=config.rank, dropout=config.dropout, scale=config.scale)
+    shape = layer.lora_a.shape
+    if isinstance(module, nn.QuantizedLinear):
+        # DoRALinear's own reckoning holds for 2, 4 and 8 bits only.
+        shape = (module.weight.shape[1] * 32 // module.bits, config.rank)
+    bound = 1 / math.sqrt(shape[-1] if isinstance(module, SWITCH) else shape[0])
+    layer.lora_a = mx.random.uniform(-bound, bound, shape, key=_key(seed, name))
+    if kind is DoRALinear and not layer.m.all().item():
+        raise ValueError(
+            f"lora.type: dora divides by the norm of each row, and {name} has a row of zeros; set lora.type to lora"
+        )
+    return layer
+
+
+def _narrowest(layer: nn.Module) -> int:
+    """The smaller side of the matrix that the layer adapts: no update of a higher rank exists."""
+    if isinstance(layer, LoRASwitchLinear):
+        return min(layer.lora_a.shape[2], layer.lora_b.shape[1])
+    return min(layer.lora_a.shape[0], layer.lora_b.shape[1])
 
 
 def _key(seed: int, name: str) -> mx.array:
@@ -95,30 +145,56 @@ def weights(model: nn.Module) -> dict[str, mx.array]:
     return dict(sorted(tree_flatten(model.trainable_parameters())))
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """All adapted modules of one key: in how many layers it is (1 outside of them), and its trainable parameters."""
+
+    key: str
+    layers: int
+    parameters: int
+
+
+def summary(model: nn.Module) -> tuple[list[Adapted], int]:
+    """The adapted modules by key, and the number of all parameters, base and adapter; a packed weight counts as one."""
+    modules: dict[str, dict[str, int]] = {}
+    trainable = 0
+    for name, array in weights(model).items():
+        module = name.rpartition(".")[0]
+        sizes = modules.setdefault(_IN_LAYER.sub("", module), {})
+        sizes[module] = sizes.get(module, 0) + array.size
+        trainable += array.size
+    groups = [Adapted(key, len(sizes), sum(sizes.values())) for key, sizes in sorted(modules.items())]
+    # Adapter layers are no leaves of the module tree: this counts the base alone.
+    return groups, get_total_parameters(model) + trainable
+
+
 def save(directory: Path, model: nn.Module, config: LoraConfig) -> None:
     """Write the adapter as `mlx_lm` reads it. The same weights give the same bytes."""
-    from safetensors.numpy import save_file
-
     directory.mkdir(parents=True, exist_ok=True)
-    arrays = {name: np.array(array.astype(mx.float32)) for name, array in weights(model).items()}
-    path = directory / WEIGHTS_FILE
-    save_file(arrays, path, metadata={"format": "mlx"})
-    path.chmod(0o644)
+    arrays = {name: array.astype(mx.float32) for name, array in weights(model).items()}
+    write_arrays(directory / WEIGHTS_FILE, arrays)
+    keys, count = config.keys, config.layers
+    if isinstance(config.layers, tuple):
+        # mlx-lm knows the last N layers alone, but takes a module's full name too: name each.
+        keys = tuple(dict.fromkeys(name.rpartition(".")[0] for name in arrays))
+        count = len(config.layers)
     content = {
-        "fine_tune_type": "lora",
-        "num_layers": config.layers,
+        "fine_tune_type": config.type,
+        "num_layers": count,
         "lora_parameters": {
             "rank": config.rank,
             "scale": config.scale,
             "dropout": config.dropout,
-            "keys": list(config.keys),
+            "keys": list(keys),
         },
+        # What mlx-lm passes over: the same choice of modules as the parameters made it.
+        "lorabuild": {"layers": config.layers, "keys": list(config.keys)},
     }
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_config(directory: Path) -> LoraConfig:
-    """Read an adapter's shape.
+    """Read an adapter's shape, written here or by mlx-lm.
 
     Raises:
         ValueError: the files are missing or not of this format.
@@ -127,11 +203,28 @@ def read_config(directory: Path) -> LoraConfig:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         lora = content["lora_parameters"]
-        return LoraConfig(lora["rank"], lora["scale"], lora["dropout"], tuple(lora["keys"]), content["num_layers"])
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; make it with: python -m stages.train") from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        kind = content.get("fine_tune_type", "lora")
+        keys, layers = lora.get("keys"), content["num_layers"]
+        if own := content.get("lorabuild"):
+            keys, layers = own["keys"], own["layers"]
+        elif keys is None or layers <= 0:
+            # To mlx-lm this means all modules or all layers of the base: its tensors tell which these were.
+            keys, layers = _read_modules(directory / WEIGHTS_FILE)
+        if kind not in ("lora", "dora"):
+            raise ValueError(f"{path}: fine_tune_type {kind!r} is no adapter that can be loaded; lora and dora are")
+        layers = layers if isinstance(layers, int) else tuple(layers)
+        return LoraConfig(lora["rank"], lora["scale"], lora["dropout"], tuple(keys), layers, kind)
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename}: no such file; make it with: python -m stages.train") from None
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not an adapter's config ({type(error).__name__}: {error})") from None
+
+
+def _read_modules(path: Path) -> tuple[list[str], list[int]]:
+    """The keys and the layers that a file's tensors belong to."""
+    modules = {name.rpartition(".")[0] for name in _read_weights(path)}
+    layers = {int(match[1]) for match in map(_IN_LAYER.match, modules) if match}
+    return sorted({_IN_LAYER.sub("", module) for module in modules}), sorted(layers)
 
 
 def load(model: nn.Module, directory: Path) -> LoraConfig:
@@ -142,7 +235,55 @@ def load(model: nn.Module, directory: Path) -> LoraConfig:
     """
     config = read_config(directory)
     attach(model, config, seed=0)
-    saved = cast(dict[str, mx.array], mx.load(str(directory / WEIGHTS_FILE)))
+    _load_weights(model, directory / WEIGHTS_FILE)
+    return config
+
+
+def start_from(model: nn.Module, directory: Path, config: LoraConfig) -> list[str]:
+    """Put a saved adapter onto the model to train it on with `config`; returns the adapted modules' names.
+
+    Raises:
+        ValueError: type, rank, scale, modules or layers are not those of `config`, or tensors do not fit; one line
+            each. Dropout may differ: it belongs to the training and not to the adapter.
+    """
+    saved = read_config(directory)
+    count = len(model.layers)
+    pairs = {
+        "lora.type": (saved.type, config.type),
+        "lora.rank": (saved.rank, config.rank),
+        "lora.scale": (saved.scale, config.scale),
+        "lora.targets": (sorted(saved.keys), sorted(config.keys)),
+        "lora.layers": (list(layer_indices(count, saved.layers)), list(layer_indices(count, config.layers))),
+    }
+    problems = [
+        f"{directory / CONFIG_FILE}: {name} is {_shown(old)} there and {_shown(new)} here; "
+        f"set {name} to {_shown(old)}{' and lora.alpha to null' if name == 'lora.scale' else ''}"
+        for name, (old, new) in pairs.items()
+        if old != new
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+    names = attach(model, config, seed=0)
+    _load_weights(model, directory / WEIGHTS_FILE)
+    return names
+
+
+def _shown(value: object) -> str:
+    """As one would write it in params.yaml."""
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else f"{value}"
+
+
+def _read_weights(path: Path) -> dict[str, mx.array]:
+    try:
+        return cast(dict[str, mx.array], mx.load(str(path)))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: not readable as safetensors ({error}); make it anew: python -m stages.train"
+        ) from None
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    saved = _read_weights(path)
     expected = weights(model)
     problems = [f"{name}: missing" for name in expected if name not in saved]
     problems += [f"{name}: not in the model" for name in saved if name not in expected]
@@ -152,7 +293,6 @@ def load(model: nn.Module, directory: Path) -> LoraConfig:
         if name in saved and saved[name].shape != array.shape
     ]
     if problems:
-        raise ValueError("\n".join(f"{directory / WEIGHTS_FILE}: {problem}" for problem in problems))
+        raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
     model.load_weights(list(saved.items()), strict=False)
     mx.eval(model.parameters())
-    return config

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from stages.lora import adapter
+from stages.lora.targets import LINEAR, SWITCH
 from stages.text.tokens import TokenRow
 
 
@@ -52,7 +53,8 @@ def estimate(
 
     first = _first_adapted_layer(model)
     layers = model.layers[first:]
-    width = max((_width(layer) for layer in layers), default=0)
+    experts = int(getattr(getattr(model, "args", None), "num_experts_per_tok", 1) or 1)
+    width = max((_width(layer, experts=experts) for layer in layers), default=0)
     heads = _attention_heads(model)
     one_layer = tokens * (width + 2 * heads * length) * item
     kept = one_layer * (1 if grad_checkpoint else len(layers)) + tokens * _hidden_size(model) * item * len(layers)
@@ -128,15 +130,19 @@ def _recomputing(kind: Any) -> Any:
 
 def _first_adapted_layer(model: nn.Module) -> int:
     """The first layer with trainable weights; gradients pass through it and all above."""
+    if any("embed" in name for name in adapter.weights(model)):
+        return 0
     adapted = (i for i, layer in enumerate(model.layers) if tree_flatten(layer.trainable_parameters()))
     return next(adapted, len(model.layers))
 
 
-def _width(layer: nn.Module) -> int:
-    """Values a token leaves behind in a layer: every linear module's input and output."""
+def _width(layer: nn.Module, *, experts: int) -> int:
+    """Values a token leaves behind in a layer: every linear module's input and output, in each expert it goes to."""
     width = 0
     for module in layer.modules():
-        if isinstance(module, nn.Linear | nn.QuantizedLinear):
+        if isinstance(module, SWITCH):
+            width += experts * (module.input_dims + module.output_dims)
+        elif isinstance(module, LINEAR):
             rows, columns = module.weight.shape
             packed = isinstance(module, nn.QuantizedLinear)
             width += rows + (columns * 32 // module.bits if packed else columns)

@@ -46,6 +46,15 @@ def test_activations_grow_with_the_batch_the_length_and_the_adapted_layers(
     assert estimated(deeper, rows).activations > plain.activations
 
 
+def test_an_adapted_embedding_sends_gradients_through_every_layer(
+    adapted: Any, rows: list[TokenRow], tiny_llama: Path
+) -> None:
+    model = load_base(tiny_llama)[0]
+    adapter.attach(model, config(keys=("model.embed_tokens",)), seed=0)
+    plain = estimated(adapted, rows).activations  # through two of the three layers
+    assert estimated(model, rows).activations == pytest.approx(1.5 * plain, rel=0.2)
+
+
 def test_the_head_grows_with_trained_tokens_and_vocabulary(tmp_path: Path, rows: list[TokenRow]) -> None:
     heads = []
     for number, vocabulary in enumerate((258, 516)):

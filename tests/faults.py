@@ -21,7 +21,12 @@ from pathlib import Path
 
 from tests.imports import ROOT
 
-OUTPUTS = ("artifacts/adapter", "artifacts/metrics/train.json", "artifacts/plots")
+OUTPUTS = (
+    "artifacts/adapter",
+    "artifacts/metrics/train.json",
+    "artifacts/plots/loss.csv",
+    "artifacts/plots/valid_loss.csv",
+)
 TRAIN = [sys.executable, "-m", "stages.train", "--set", "train.iters=200", "--set", "runtime.steps_per_save=7"]
 
 

@@ -115,8 +115,9 @@ class Encoder:
 
     def prompt_ids(self, text: str, *, chat: bool) -> list[int]:
         """The tokens of a prompt as training has them at a row's start: BOS once, no EOS."""
-        ids = list(self.backend.encode(text, add_special_tokens=not chat and self._adds_bos(text)).ids)
-        return ids[:-1] if len(ids) > 1 and ids[-1] == self._eos and not chat else ids
+        special = not chat and self._adds_bos(text)
+        ids = list(self.backend.encode(text, add_special_tokens=special).ids)
+        return ids[: len(ids) - self._suffix] if special else ids
 
     def _encode_batch(self, rows: Sequence[PreparedRow]) -> list[_Job]:
         jobs = [self._render(row) for row in rows]

@@ -49,14 +49,10 @@ def test_no_bytes_break_a_reader(name: str, content: bytes, packed: bool) -> Non
             assert "split got none" in str(error)
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "tool_calls", "x"]), inner, max_size=3)
-    ),
-    max_leaves=8,
-)
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+turn_keys = st.sampled_from(["role", "content", "from", "value", "tool_calls", "x"])
+turns = st.dictionaries(turn_keys, scalars | st.sampled_from(["user", "gpt", "assistant"]), max_size=3)
+json_values = scalars | st.lists(scalars | turns | st.lists(turns, max_size=2), max_size=3) | turns
 columns = st.sampled_from(["text", "prompt", "completion", "question", "answer", "messages", "conversations", "tools"])
 
 

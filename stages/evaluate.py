@@ -36,7 +36,9 @@ def evaluate(
     manifest = base.read(base_file)
     rows = read_tokens(tokens / "test.parquet", tokenizer=manifest.tokenizer_identity)
     if not rows:
-        raise ValueError(f"{tokens / 'test.parquet'}: no rows to evaluate on; raise prepare.test_fraction")
+        raise ValueError(
+            f"{tokens / 'test.parquet'}: no rows to evaluate on; raise prepare.test_fraction or prepare.test_rows"
+        )
     with console.progress("loading the base model"):
         model, _ = load_base(
             base.locate(manifest), dtype=settings.model.dtype, trust_remote_code=settings.model.trust_remote_code

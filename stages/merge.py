@@ -59,6 +59,8 @@ def merge(
             core.fuse(fused, dtype=dtype, requantize=not options.dequantize)
             config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
             _write_model(draft, fused, config, directory, manifest)
+            if template := settings.tokenize.chat_template:
+                (draft / "chat_template.jinja").write_text(template, encoding="utf-8")
             del fused
         with console.progress("reading the merged model's predictions"):
             merged, _ = model.load_base(draft, dtype=settings.model.dtype, trust_remote_code=trust)

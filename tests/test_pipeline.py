@@ -94,6 +94,17 @@ def test_the_merged_directory_opens_in_mlx_lm_and_transformers(project: Path) ->
     assert read("artifacts/metrics/merge.json")["mean_divergence"] == 0.0
 
 
+def test_a_chat_template_of_the_users_own_goes_with_the_merged_model(project: Path) -> None:
+    from transformers import AutoTokenizer
+
+    template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}<|end|>{% endfor %}"
+    run(fetch, prepare, tokenize, train)
+    merge(overrides=[f"tokenize.chat_template={json.dumps(template)}"])
+    tokenizer = AutoTokenizer.from_pretrained("artifacts/merged")
+    chat = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "user: hi<|end|>"
+
+
 def test_a_merge_that_loses_the_adapter_fails_and_leaves_the_old_one(project: Path) -> None:
     write_llama(project / "packed", quantize=True, dtype="float16")
     sources = ["model.source=packed"]
@@ -205,7 +216,13 @@ def test_the_final_learning_rate_is_where_a_schedule_ends(project: Path) -> None
 
 def test_the_best_adapter_is_kept_and_its_step_told(project: Path) -> None:
     run(fetch, prepare, tokenize)
-    options = ["train.learning_rate=3.0", "train.iters=30", "train.steps_per_eval=2", "train.val_batches=-1"]
+    options = [
+        "train.learning_rate=3.0",
+        "train.schedule=constant",
+        "train.iters=30",
+        "train.steps_per_eval=2",
+        "train.val_batches=-1",
+    ]
     train(overrides=[*options, "train.keep=best"])
     metrics = read("artifacts/metrics/train.json")
     assert metrics["kept_step"] < metrics["steps"] == 30

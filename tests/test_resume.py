@@ -153,7 +153,7 @@ def test_a_process_that_is_leaving_is_waited_for(folder: Path) -> None:
     first.terminate()
     rest(first)
     assert second.stdout is not None
-    assert "going on after step" in "".join(line for line, _ in zip(second.stdout, range(4), strict=False))
+    assert "going on after step" in "".join(line for line, _ in zip(second.stdout, range(20), strict=False))
     second.terminate()
     rest(second)
 

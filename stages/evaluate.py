@@ -33,6 +33,7 @@ def evaluate(
     from stages.text.parquet import read_tokens
 
     settings = params.load(params_file, overrides or ())
+    files.refuse_foreign(out, ["rows.parquet"], inputs=[tokens, adapter_dir])
     manifest = base.read(base_file)
     rows = read_tokens(tokens / "test.parquet", tokenizer=manifest.tokenizer_identity)
     if not rows:

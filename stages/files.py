@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fnmatch
 import hashlib
 import json
 import os
@@ -10,10 +11,31 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+
+def refuse_foreign(out: Path, made: Iterable[str], *, inputs: Iterable[Path] = ()) -> None:
+    """Check, before a stage works, that its output folder holds nothing that the stage did not make.
+
+    `made` are patterns of the names that it makes. The folder will be replaced as a whole, with all that is in it.
+
+    Raises:
+        ValueError: `out` is a file, holds other files, or is one of the inputs or a folder around one.
+    """
+    where = out.resolve()
+    if any(path.resolve() == where or where in path.resolve().parents for path in inputs):
+        raise ValueError(f"--out {out} would replace the input; name another folder")
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    if not out.is_dir():
+        return
+    patterns = list(made)
+    foreign = [path.name for path in out.iterdir() if not any(fnmatch.fnmatch(path.name, each) for each in patterns)]
+    if foreign:
+        raise ValueError(f"--out {out} holds {sorted(foreign)[0]}, which this stage did not make; name another folder")
 
 
 @contextmanager

@@ -43,6 +43,7 @@ def generate(
         return
     models = {"base": base.locate(base.read(base_file)), "merged": _require(merged)}
     maker = _prompts(models["base"], settings)
+    files.refuse_foreign(out, ["samples.jsonl", "samples.md"], inputs=[merged, prompts])
     asked = [_ask(maker, row.fields, row.place) for row in strict(read_jsonl(prompts))]
     if not asked:
         raise ValueError(f"{prompts}: holds no rows; add some")

@@ -36,6 +36,7 @@ def merge(
     from stages.text.parquet import read_tokens
 
     settings = params.load(params_file, overrides or ())
+    files.refuse_foreign(out, (*base.MODEL_FILES, *base.CODE_FILES), inputs=[adapter_dir, tokens])
     options = settings.merge
     manifest = base.read(base_file)
     directory = base.locate(manifest)

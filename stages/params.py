@@ -55,7 +55,7 @@ class Prepare(Section):
     def leaves_rows_to_train_on(self) -> Prepare:
         for name in ("valid", "test"):
             if (getattr(self, f"{name}_fraction") is None) == (getattr(self, f"{name}_rows") is None):
-                raise ValueError(f"set either {name}_fraction or {name}_rows, and leave the other empty (null)")
+                raise ValueError(_one_of(f"prepare.{name}_fraction", f"prepare.{name}_rows"))
         if (self.valid_fraction or 0) + (self.test_fraction or 0) >= 1:
             raise ValueError("valid_fraction and test_fraction together must be less than 1")
         return self
@@ -73,8 +73,8 @@ class Tokenize(Section):
 
     @pydantic.model_validator(mode="after")
     def windows_advance(self) -> Tokenize:
-        if self.overlap > self.max_length // 2:
-            raise ValueError("overlap must not exceed half of max_length")
+        if self.over_length == "split" and self.overlap > self.max_length // 2:
+            raise ValueError(f"overlap ({self.overlap}) must not exceed half of max_length ({self.max_length})")
         return self
 
 
@@ -107,7 +107,7 @@ class Lora(Section):
     @pydantic.model_validator(mode="after")
     def is_scaled_one_way(self) -> Lora:
         if (self.alpha is None) == (self.scale is None):
-            raise ValueError("set either alpha or scale, and leave the other empty (null)")
+            raise ValueError(_one_of("lora.alpha", "lora.scale"))
         if self.rank_stabilized and self.alpha is None:
             raise ValueError("rank_stabilized divides alpha: set alpha in place of scale, or rank_stabilized to false")
         return self
@@ -137,7 +137,7 @@ class Train(Section):
     @pydantic.model_validator(mode="after")
     def ends(self) -> Train:
         if (self.epochs is None) == (self.iters is None):
-            raise ValueError("set either epochs or iters, and leave the other empty (null)")
+            raise ValueError(_one_of("train.epochs", "train.iters"))
         return self
 
     @pydantic.model_validator(mode="after")
@@ -168,6 +168,10 @@ class Runtime(Section):
     """What changes no result: no stage depends on it."""
 
     steps_per_save: Positive
+
+
+def _one_of(first: str, second: str) -> str:
+    return f"set exactly one of {first} and {second}, and the other to null, as in --set {second}=null"
 
 
 class Params(Section):

@@ -38,10 +38,12 @@ def prepare(
     """
     started = time.perf_counter()
     options = params.load(params_file, overrides or ()).prepare
+    raw = raw or [Path("data/raw")]
+    files.refuse_foreign(out, [*(f"{name}.jsonl" for name in SPLITS), "sources.json"], inputs=raw)
     if options.dataset is not None:
         sources = readers.find_dataset(options.dataset)
     else:
-        sources, ignored = readers.find(raw or [Path("data/raw")])
+        sources, ignored = readers.find(raw)
         for path in ignored:
             console.say(f"passed over: {path}")
     recipe = Recipe(**options.model_dump(exclude={"dataset"}))

@@ -58,7 +58,7 @@ def lock(checkpoints: Checkpoints) -> Iterator[None]:
     """
     from stages.lora.checkpoint import BusyError
 
-    deadline = time.monotonic() + LOCK_SECONDS
+    deadline, told = time.monotonic() + LOCK_SECONDS, False
     with ExitStack() as held:
         while True:
             try:
@@ -69,5 +69,8 @@ def lock(checkpoints: Checkpoints) -> Iterator[None]:
                     raise ValueError(
                         f"process {busy} trains this very run already: let it finish, or stop it: kill {busy}"
                     ) from None
+                if not told:
+                    console.say(f"waiting for process {busy}, which trains this very run, to leave")
+                    told = True
                 time.sleep(0.5)
         yield

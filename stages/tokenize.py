@@ -44,6 +44,7 @@ def tokenize(
 
     settings = params.load(params_file, overrides or ())
     options = settings.tokenize
+    files.refuse_foreign(out, [f"{name}.parquet" for name in SPLITS], inputs=[prepared])
     manifest = base.read(base_file)
     tokenizer = load_tokenizer(base.locate(manifest), trust_remote_code=settings.model.trust_remote_code)
     encoder = Encoder(tokenizer, **options.model_dump(exclude={"on_bad_row"}))

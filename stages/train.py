@@ -44,6 +44,7 @@ def train(
 
     started = time.perf_counter()
     settings = params.load(params_file, overrides or ())
+    files.refuse_foreign(out, ["adapters.safetensors", "adapter_config.json"], inputs=[tokens])
     manifest = base.read(base_file)
     splits = {name: tokens / f"{name}.parquet" for name in ("train", "valid")}
     rows = {name: read_tokens(path, tokenizer=manifest.tokenizer_identity) for name, path in splits.items()}
@@ -57,7 +58,7 @@ def train(
     )
     checkpoints = Checkpoints(resume.checkpoint_root(), run)
     trainer = Trainer(model, rows["train"], rows["valid"], config)
-    _warn_of_memory(model, rows["train"], config)
+    _tell_memory(model, rows["train"], config)
     clock = _Clock(started)
     with resume.lock(checkpoints):
         with console.progress("training", total=config.steps) as advance:
@@ -120,13 +121,16 @@ def _config(settings: params.Params, rows: int) -> TrainConfig:
     return config
 
 
-def _warn_of_memory(model: Any, rows: Any, config: TrainConfig) -> None:
+def _tell_memory(model: Any, rows: Any, config: TrainConfig) -> None:
+    """What the run will take of the memory there is, and what would help if it seems too much."""
     from stages.lora import memory
 
     size, recompute = config.batch_size, config.grad_checkpoint
     needed = memory.estimate(model, rows, batch_size=size, grad_checkpoint=recompute)
     if advice := memory.advice(needed, batch_size=size, grad_checkpoint=recompute):
         console.warn(advice)
+    else:
+        console.say(f"about {needed.total / 2**30:.1f} of {needed.available / 2**30:.1f} GiB of memory needed")
 
 
 def _report(event: Event, rate: float, advance: Any) -> None:

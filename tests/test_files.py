@@ -290,3 +290,30 @@ def test_sha256_covers_every_byte_and_reports_it(tmp_path: Path, size: int) -> N
 )
 def test_digest_depends_on_the_value_and_not_on_its_order_of_keys(one: Any, other: Any, same: bool) -> None:
     assert (files.digest_of(one) == files.digest_of(other)) is same
+
+
+def test_an_output_folder_with_anything_else_in_it_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    files.refuse_foreign(out, ["*.jsonl"])
+    out.mkdir()
+    (out / "train.jsonl").write_text("made")
+    files.refuse_foreign(out, ["*.jsonl"])
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds thesis.txt, which this stage did not make"):
+        files.refuse_foreign(out, ["*.jsonl"])
+    with pytest.raises(ValueError, match=r"is a file; name a folder"):
+        files.refuse_foreign(out / "thesis.txt", ["*.jsonl"])
+
+
+@pytest.mark.parametrize("given", ["data", "data/raw", "data/raw/rows.jsonl", "data/../data/raw"])
+def test_an_output_that_would_replace_an_input_is_refused(tmp_path: Path, given: str) -> None:
+    (tmp_path / "data" / "raw").mkdir(parents=True)
+    (tmp_path / "data" / "raw" / "rows.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="would replace the input"):
+        files.refuse_foreign(
+            tmp_path / given,
+            ["*"],
+            inputs=[tmp_path / "data" / "raw" / "rows.jsonl"][:1]
+            if given.endswith("jsonl")
+            else [tmp_path / "data" / "raw"],
+        )

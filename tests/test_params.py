@@ -78,13 +78,13 @@ def test_a_bad_override_is_one_clear_line(file: Path, override: str, line: str) 
 
 
 def test_epochs_and_iters_exclude_each_other(file: Path) -> None:
-    assert "either epochs or iters" in problems(file, "train.epochs=1", "train.iters=5")[0]
-    assert "either epochs or iters" in problems(file, "train.epochs=null", "train.iters=null")[0]
+    assert "exactly one of train.epochs and train.iters" in problems(file, "train.epochs=1", "train.iters=5")[0]
+    assert "exactly one of train.epochs and train.iters" in problems(file, "train.epochs=null", "train.iters=null")[0]
 
 
 def test_alpha_and_scale_exclude_each_other(file: Path) -> None:
-    assert "either alpha or scale" in problems(file, "lora.scale=2.0")[0]
-    assert "either alpha or scale" in problems(file, "lora.alpha=null")[0]
+    assert "exactly one of lora.alpha and lora.scale" in problems(file, "lora.scale=2.0")[0]
+    assert "exactly one of lora.alpha and lora.scale" in problems(file, "lora.alpha=null")[0]
     lora = load(file, ["lora.alpha=null", "lora.scale=2.0"]).lora
     assert (lora.alpha, lora.scale) == (None, 2.0)
 

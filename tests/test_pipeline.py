@@ -141,6 +141,18 @@ def test_a_base_that_changed_since_fetch_is_refused(project: Path, tiny_llama: P
     assert not Path("artifacts/adapter").exists()
 
 
+@pytest.mark.parametrize(
+    "stage", [prepare, tokenize, train, evaluate, merge, generate], ids=lambda stage: stage.__name__
+)
+def test_no_stage_replaces_a_folder_that_is_not_its_own(project: Path, stage: Any) -> None:
+    run()
+    (project / "mine").mkdir()
+    (project / "mine" / "thesis.odt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"--out mine holds thesis.odt, which this stage did not make"):
+        stage(out=Path("mine"))
+    assert (project / "mine" / "thesis.odt").read_text() == "years of work"
+
+
 def test_the_manifest_names_no_path_of_this_machine(project: Path, tiny_llama: Path) -> None:
     run(fetch)
     text = Path("artifacts/base.json").read_text(encoding="utf-8")

@@ -134,7 +134,7 @@ def test_fractions_and_counts(name: str) -> None:
     lines("raw/a.jsonl", PAIRS)
     assert 40 < len(run(f"prepare.{name}_fraction=0.4")[name]) < 120
     assert len(run(f"prepare.{name}_fraction=null", f"prepare.{name}_rows=17")[name]) == 17
-    with pytest.raises(params.ParamsError, match=f"set either {name}_fraction or {name}_rows"):
+    with pytest.raises(params.ParamsError, match=f"exactly one of prepare.{name}_fraction and prepare.{name}_rows"):
         run(f"prepare.{name}_rows=17")
 
 

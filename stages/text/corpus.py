@@ -201,7 +201,11 @@ class _Corpus:
         for name in SPLITS:
             wanted = name == "train" or name in self.held_out or self._wanted(name, "fraction") or self._rows[name]
             if wanted and not self.ledger.splits[name]["rows_used"]:
-                mend = f"raise prepare.{name}_fraction" if name != "train" else "lower the other splits' shares"
+                mend = (
+                    f"raise prepare.{name}_fraction (or set it to null, and prepare.{name}_rows to 1 or more)"
+                    if name != "train"
+                    else "lower the other splits' shares"
+                )
                 raise ValueError(f"the {name} split got none of the {total} rows; add rows or {mend}")
 
 

@@ -186,6 +186,14 @@ def test_a_killed_repro_ends_in_the_bytes_of_an_undisturbed_one(clone: Path) -> 
     assert adapter(clone) == resumed
 
 
+def ended(folder: Path, name: str) -> None:
+    """Wait for a queued experiment: `--run-all` can return before it, for it follows a log that may not be there yet."""
+    deadline = time.monotonic() + 120
+    while not re.search(rf"\b{name}\b.*\b(Success|Failed)\b", status := dvc(folder, "queue", "status")):
+        assert time.monotonic() < deadline, status
+    assert re.search(rf"\b{name}\b.*\bSuccess\b", status), status + dvc(folder, "queue", "logs", name)
+
+
 def test_a_killed_queued_experiment_ends_in_the_bytes_of_an_undisturbed_one(clone: Path) -> None:
     dvc(clone, "repro", "tokenize")
     dvc(clone, "exp", "run", "--queue", "--name", "first", "-S", "train.learning_rate=0.02")
@@ -195,6 +203,7 @@ def test_a_killed_queued_experiment_ends_in_the_bytes_of_an_undisturbed_one(clon
     process.wait(timeout=60)
     dvc(clone, "exp", "run", "--queue", "--name", "second", "-S", "train.learning_rate=0.02")
     dvc(clone, "exp", "run", "--run-all")
+    ended(clone, "second")
     assert "going on after step" in dvc(clone, "queue", "logs", "second")
     dvc(clone, "exp", "apply", "second")
     resumed = adapter(clone)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stages import base, console, files, params
+from stages import base, console, files, frozen, params
 
 if TYPE_CHECKING:
+    from stages.lora.prefix import FrozenPrefix
     from stages.lora.score import Score
     from stages.text.tokens import TokenRow
 
@@ -44,9 +45,11 @@ def evaluate(
         model, _ = load_base(
             base.locate(manifest), dtype=settings.model.dtype, trust_remote_code=settings.model.trust_remote_code
         )
-    scores = {"base": _score(model, rows, settings.evaluate.batch_size, "base")}
+    prefix = frozen.prefix(model, adapter.saved_names(adapter_dir), rows, settings=settings, manifest=manifest)
+    scores = {"base": _score(model, rows, settings.evaluate.batch_size, "base", prefix)}
     adapter.load(model, adapter_dir)
-    scores["adapter"] = _score(model, rows, settings.evaluate.batch_size, "adapter")
+    scores["adapter"] = _score(model, rows, settings.evaluate.batch_size, "adapter", prefix)
+    frozen.tell_problem(prefix)
 
     totals = {name: sum(parts[1:], parts[0]) for name, parts in scores.items()}
     summary: dict[str, Any] = {
@@ -66,13 +69,13 @@ def evaluate(
     )
 
 
-def _score(model: Any, rows: list[TokenRow], batch_size: int, name: str) -> list[Score]:
+def _score(model: Any, rows: list[TokenRow], batch_size: int, name: str, prefix: FrozenPrefix | None) -> list[Score]:
     """Each row's score, in the order of the rows."""
     from stages.lora.score import score_rows
 
     with console.progress(f"scoring {name}", total=len(rows)) as advance:
         scored = {}
-        for index, score in score_rows(model, rows, batch_size=batch_size):
+        for index, score in score_rows(model, rows, batch_size=batch_size, prefix=prefix):
             scored[index] = score
             advance(1)
     return [scored[index] for index in range(len(rows))]

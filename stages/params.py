@@ -133,6 +133,7 @@ class Train(Section):
     val_batches: Annotated[int, Field(ge=-1)]
     keep: Literal["best", "last"]
     patience: Positive | None
+    cache_frozen: Literal["auto", "on", "off"]
 
     @pydantic.model_validator(mode="after")
     def ends(self) -> Train:
@@ -168,6 +169,7 @@ class Runtime(Section):
     """What changes no result: no stage depends on it."""
 
     steps_per_save: Positive
+    cache_gb: Annotated[float, Field(ge=0)]
 
 
 def _one_of(first: str, second: str) -> str:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stages import base, console, files, params, resume
+from stages import base, console, files, frozen, params, resume
+from stages.clock import Clock, peak_memory
 
 if TYPE_CHECKING:
     from stages.lora.adapter import LoraConfig
-    from stages.lora.loop import Event, TrainConfig, Trainer
+    from stages.lora.loop import Event, TrainConfig
 
 
 def train(
@@ -49,6 +50,9 @@ def train(
     splits = {name: tokens / f"{name}.parquet" for name in ("train", "valid")}
     rows = {name: read_tokens(path, tokenizer=manifest.tokenizer_identity) for name, path in splits.items()}
     model, lora = _adapted_model(settings, manifest)
+    prefix = frozen.prefix(
+        model, adapter.weights(model), rows["train"] + rows["valid"], settings=settings, manifest=manifest
+    )
     config = _config(settings, len(rows["train"]))
     run = fingerprint(
         params=settings.model_dump(include={"seed", "lora", "train"}) | {"dtype": settings.model.dtype},
@@ -57,9 +61,9 @@ def train(
         init_adapter=_digest(settings.train.init_adapter),
     )
     checkpoints = Checkpoints(resume.checkpoint_root(), run)
-    trainer = Trainer(model, rows["train"], rows["valid"], config)
+    trainer = Trainer(model, rows["train"], rows["valid"], config, prefix=prefix)
     _tell_memory(model, rows["train"], config)
-    clock = _Clock(started)
+    clock = Clock(started)
     with resume.lock(checkpoints):
         with console.progress("training", total=config.steps) as advance:
             resume.run(
@@ -68,6 +72,7 @@ def train(
                 steps_per_save=settings.runtime.steps_per_save,
                 report=lambda event: _report(event, clock.rate(trainer), advance),
             )
+        frozen.tell_problem(prefix)
         trainer.finish()
         with files.replacing(out) as draft:
             adapter.save(draft, model, lora)
@@ -112,7 +117,7 @@ def _digest(init_adapter: str | None) -> str | None:
 def _config(settings: params.Params, rows: int) -> TrainConfig:
     from stages.lora.loop import TrainConfig, updates_per_epoch
 
-    options = settings.train.model_dump(exclude={"epochs", "iters", "init_adapter"})
+    options = settings.train.model_dump(exclude={"epochs", "iters", "init_adapter", "cache_frozen"})
     options["betas"] = tuple(options["betas"])
     per_epoch = updates_per_epoch(rows, rows_per_update=options["batch_size"] * options["grad_accumulation"])
     steps = settings.train.iters or (settings.train.epochs or 0) * per_epoch
@@ -135,8 +140,6 @@ def _tell_memory(model: Any, rows: Any, config: TrainConfig) -> None:
 
 def _report(event: Event, rate: float, advance: Any) -> None:
     """A line for a report or a validation; on a terminal, the bar tells the rest."""
-    import mlx.core as mx
-
     report, validation = event.report, event.validation
     line = f"step {event.step:>5}"
     if report:
@@ -145,34 +148,7 @@ def _report(event: Event, rate: float, advance: Any) -> None:
         line += f"  validation loss {validation.loss:.4f}"
     if report or validation:
         console.say(line)
-    advance(to=event.step, status=f"{rate:,.0f} tokens/s, {mx.get_peak_memory() / 1e9:.1f} GB")
-
-
-class _Clock:
-    """Speed of this process, which may take up a run where another left it."""
-
-    def __init__(self, started: float) -> None:
-        self.started = started
-        self.first: tuple[float, int] | None = None  # when the first event came, and the tokens counted by then
-
-    def rate(self, trainer: Trainer) -> float:
-        """Tokens of rows (prompts included, padding not) a second, since the first event."""
-        tokens, now = trainer.progress.total.real_tokens, time.perf_counter()
-        if self.first is None:
-            self.first = (now, tokens)
-        since, before = self.first
-        return (tokens - before) / max(now - since, 1e-9)
-
-    def figures(self, trainer: Trainer) -> dict[str, Any]:
-        import mlx.core as mx
-
-        rate = self.rate(trainer)
-        return {
-            "seconds": round(time.perf_counter() - self.started, 3),
-            "seconds_to_first_event": round((self.first or (self.started, 0))[0] - self.started, 3),
-            "tokens_per_second": round(rate, 2),
-            "peak_memory_bytes": mx.get_peak_memory(),
-        }
+    advance(to=event.step, status=f"{rate:,.0f} tokens/s, {peak_memory() / 1e9:.1f} GB")
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def test_a_killed_repro_ends_in_the_bytes_of_an_undisturbed_one(clone: Path) -> 
 
 
 def ended(folder: Path, name: str) -> None:
-    """Wait for a queued experiment: `--run-all` can return before it, for it follows a log that may not be there yet."""
+    """Wait for a queued experiment: `--run-all` follows its log, and returns if that is not there yet."""
     deadline = time.monotonic() + 120
     while not re.search(rf"\b{name}\b.*\b(Success|Failed)\b", status := dvc(folder, "queue", "status")):
         assert time.monotonic() < deadline, status

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -227,6 +227,26 @@ def _read_modules(path: Path) -> tuple[list[str], list[int]]:
     return sorted({_IN_LAYER.sub("", module) for module in modules}), sorted(layers)
 
 
+def frozen_layers(names: Iterable[str], count: int) -> int:
+    """How many of `count` layers lie below every adapted module; `names` are the adapter's weights or modules.
+
+    The last layer is never among them, adapted or not: what is left to run is a model still.
+    """
+    names = list(names)
+    if any("embed" in name for name in names):
+        return 0
+    return min([int(match[1]) for match in map(_IN_LAYER.match, names) if match] + [count - 1])
+
+
+def saved_names(directory: Path) -> list[str]:
+    """The names of a saved adapter's weights.
+
+    Raises:
+        ValueError: the file is missing or no adapter's.
+    """
+    return list(_read_weights(directory / WEIGHTS_FILE))
+
+
 def load(model: nn.Module, directory: Path) -> LoraConfig:
     """Put a saved adapter onto the model; every tensor must fit.
 
@@ -295,4 +315,4 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     if problems:
         raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
     model.load_weights(list(saved.items()), strict=False)
-    mx.eval(model.parameters())
+    mx.eval(weights(model))  # read now: the file may be replaced

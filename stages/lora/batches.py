@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from stages.lora.prefix import FrozenPrefix, States
 from stages.text.tokens import TokenRow
 
 # Rows sorted by length within this many batches at a time: little padding, and still another mix every epoch.
@@ -21,7 +22,8 @@ _WINDOW_BATCHES = 32
 class Batch:
     """Rows padded at their end, inputs one position ahead of targets.
 
-    `trained_N` indexes the flattened (B · L) positions whose targets count; `rows_N` tells the row of each.
+    `trained_N` indexes the flattened (B · L) positions whose targets count; `rows_N` tells the row of each. With
+    `states`, the model starts from what its lowest layers put out for these inputs.
     """
 
     inputs_BxL: mx.array
@@ -29,6 +31,7 @@ class Batch:
     trained_N: mx.array
     rows_N: np.ndarray
     real_tokens: int
+    states: States | None = None
 
     @property
     def trained_tokens(self) -> int:
@@ -59,8 +62,8 @@ def sorted_batches(lengths: Sequence[int], *, batch_size: int) -> list[np.ndarra
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def collate(rows: Sequence[TokenRow]) -> Batch:
-    """Pad rows of at least two tokens each to a batch."""
+def collate(rows: Sequence[TokenRow], prefix: FrozenPrefix | None = None) -> Batch:
+    """Pad rows of at least two tokens each to a batch; a `prefix` puts their states to it."""
     longest = max(len(row.input_ids) for row in rows)
     tokens = np.zeros((len(rows), longest), dtype=np.int32)
     mask = np.zeros((len(rows), longest), dtype=bool)
@@ -75,4 +78,5 @@ def collate(rows: Sequence[TokenRow]) -> Batch:
         trained_N=mx.array(trained),
         rows_N=trained // (longest - 1),
         real_tokens=sum(len(row.input_ids) for row in rows),
+        states=None if prefix is None else prefix.states(rows),
     )

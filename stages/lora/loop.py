@@ -7,6 +7,7 @@ snapshot needs just the weights, the optimizer's moments and what has been count
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten
 
 from stages.lora import adapter
-from stages.lora.batches import Batch, collate, epoch_batches, sorted_batches
+from stages.lora.batches import collate, epoch_batches, sorted_batches
 from stages.lora.loss import narrow_head, sum_loss
 from stages.lora.memory import recompute_activations
 from stages.lora.optimizer import (
@@ -29,6 +30,7 @@ from stages.lora.optimizer import (
     make_optimizer,
     restore_state,
 )
+from stages.lora.prefix import FrozenPrefix
 from stages.lora.score import score_batch
 from stages.text.tokens import TokenRow
 
@@ -146,6 +148,15 @@ class Event:
     validation: Validation | None
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How long an update took; its tokens are its rows' own, without padding."""
+
+    epoch: int
+    tokens: int
+    seconds: float
+
+
 def updates_per_epoch(rows: int, *, rows_per_update: int) -> int:
     """Updates that see each row once; the last of them may see fewer rows."""
     return math.ceil(rows / rows_per_update)
@@ -159,17 +170,24 @@ class Trainer:
     """
 
     def __init__(
-        self, model: nn.Module, train: Sequence[TokenRow], valid: Sequence[TokenRow], config: TrainConfig
+        self,
+        model: nn.Module,
+        train: Sequence[TokenRow],
+        valid: Sequence[TokenRow],
+        config: TrainConfig,
+        *,
+        prefix: FrozenPrefix | None = None,
     ) -> None:
         if not train:
             raise ValueError("there are no rows to train on")
         if mute := [row for row in train if not row.loss_mask[1:].any()]:
             raise ValueError(f"row {mute[0].id} ({mute[0].source}) has no token to train on")
-        self.model, self.train, self.config = model, train, config
+        self.model, self.train, self.config, self.prefix = model, train, config, prefix
         self.progress = Progress()
+        self.pace: list[Pace] = []  # of the updates that this process made
         self._lengths = [len(row.input_ids) for row in train]
         self._per_epoch = updates_per_epoch(len(train), rows_per_update=config.rows_per_update)
-        self._valid = validation_batches(valid, batch_size=config.batch_size, val_batches=config.val_batches)
+        self._valid = validation_rows(valid, batch_size=config.batch_size, val_batches=config.val_batches)
         if not self._valid and (config.keep == "best" or config.patience is not None):
             raise ValueError(
                 "train.keep: best and train.patience need validation rows (train.val_batches, valid split)"
@@ -229,6 +247,7 @@ class Trainer:
 
     def _update(self) -> Report | None:
         """One optimizer update over the next rows; a report if one is due."""
+        started = time.perf_counter()
         config, progress = self.config, self.progress
         step = progress.step + 1
         rows = self._rows(step)
@@ -259,6 +278,7 @@ class Trainer:
         mx.eval(weights, self._optimizer.state)
         progress.step = step
         done.grad_norm_sum = norm
+        self.pace.append(Pace((step - 1) // self._per_epoch, done.real_tokens, time.perf_counter() - started))
         progress.total.add(done)
         progress.since_report.add(done)
         return self._report(rate) if step % config.steps_per_report == 0 or step == config.steps else None
@@ -266,7 +286,7 @@ class Trainer:
     def _gradients(self, rows: Sequence[TokenRow]) -> tuple[dict[str, mx.array], Sums]:
         """The gradients of the mean loss over the rows' trained tokens, whatever the micro-batches."""
         size = self.config.batch_size
-        batches = [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        batches = [collate(rows[i : i + size], self.prefix) for i in range(0, len(rows), size)]
         tokens = sum(batch.trained_tokens for batch in batches)
         total: dict[str, mx.array] = {}
         done = Sums(updates=1, rows=len(rows))
@@ -301,7 +321,7 @@ class Trainer:
 
     def _validate(self) -> Validation:
         self.model.eval()
-        score = [score_batch(self.model, batch) for batch in self._valid]
+        score = [score_batch(self.model, collate(rows, self.prefix)) for rows in self._valid]
         validation = Validation(self.progress.step, sum(score[1:], score[0]).loss)
         if not math.isfinite(validation.loss):
             raise ValueError(f"the validation loss is {validation.loss} after step {validation.step}")
@@ -319,8 +339,8 @@ def _dropout_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64).item())
 
 
-def validation_batches(rows: Sequence[TokenRow], *, batch_size: int, val_batches: int) -> list[Batch]:
+def validation_rows(rows: Sequence[TokenRow], *, batch_size: int, val_batches: int) -> list[list[TokenRow]]:
     """The fixed batches to validate on: the first `val_batches` times `batch_size` rows, or all."""
     chosen = rows if val_batches < 0 else rows[: val_batches * batch_size]
     lengths = [len(row.input_ids) for row in chosen]
-    return [collate([chosen[i] for i in part]) for part in sorted_batches(lengths, batch_size=batch_size)]
+    return [[chosen[i] for i in part] for part in sorted_batches(lengths, batch_size=batch_size)]

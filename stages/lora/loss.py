@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from stages.lora.batches import Batch
+from stages.lora.prefix import fed
 
 
 class TrainedPositionsOnly(nn.Module):
@@ -71,7 +72,8 @@ def _logits_at(model: nn.Module, tokens_BxL: mx.array, positions_N: mx.array) ->
 
 def trained_logits(model: nn.Module, batch: Batch) -> mx.array:
     """The model's logits in float32 at the trained positions, (N, V)."""
-    return _logits_at(model, batch.inputs_BxL, batch.trained_N).astype(mx.float32)
+    with fed(model, batch.states):
+        return _logits_at(model, batch.inputs_BxL, batch.trained_N).astype(mx.float32)
 
 
 def token_losses(model: nn.Module, batch: Batch) -> mx.array:

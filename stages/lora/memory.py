@@ -57,7 +57,7 @@ def estimate(
     width = max((_width(layer, experts=experts) for layer in layers), default=0)
     heads = _attention_heads(model)
     one_layer = tokens * (width + 2 * heads * length) * item
-    kept = one_layer * (1 if grad_checkpoint else len(layers)) + tokens * _hidden_size(model) * item * len(layers)
+    kept = one_layer * (1 if grad_checkpoint else len(layers)) + tokens * hidden_size(model) * item * len(layers)
     return Estimate(
         weights=weights,
         adapter=adapter_bytes * (2 + moments),
@@ -129,11 +129,8 @@ def _recomputing(kind: Any) -> Any:
 
 
 def _first_adapted_layer(model: nn.Module) -> int:
-    """The first layer with trainable weights; gradients pass through it and all above."""
-    if any("embed" in name for name in adapter.weights(model)):
-        return 0
-    adapted = (i for i, layer in enumerate(model.layers) if tree_flatten(layer.trainable_parameters()))
-    return next(adapted, len(model.layers))
+    """Gradients pass through this layer and all above."""
+    return adapter.frozen_layers(adapter.weights(model), len(model.layers))
 
 
 def _width(layer: nn.Module, *, experts: int) -> int:
@@ -153,7 +150,8 @@ def _attention_heads(model: nn.Module) -> int:
     return int(getattr(getattr(model, "args", None), "num_attention_heads", 0) or 0)
 
 
-def _hidden_size(model: nn.Module) -> int:
+def hidden_size(model: nn.Module) -> int:
+    """D, the width of what goes from layer to layer; 0 where the model does not tell."""
     return int(getattr(getattr(model, "args", None), "hidden_size", 0) or 0)
 
 

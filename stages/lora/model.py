@@ -31,6 +31,7 @@ def load_base(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The frozen model in evaluation mode, and its config; of a Phi-3-Vision checkpoint the language model alone.
 
+    Weights are read, and dequantised, when they are first computed with: a layer that never runs takes no memory.
     `dtype` "auto" is float32 on a CPU, where halves are slow, and the model's own elsewhere or with `keep_dtype`.
     `dequantize` None means on a CPU, where quantised matrix products are slow, and not elsewhere.
 
@@ -48,7 +49,6 @@ def load_base(
         config.pop("quantization", None)
         config.pop("quantization_config", None)
     model.set_dtype(target)
-    mx.eval(model.parameters())
     model.freeze()
     model.eval()
     return model, config

@@ -12,6 +12,7 @@ import numpy as np
 
 from stages.lora.batches import Batch, collate, sorted_batches
 from stages.lora.loss import narrow_head, trained_logits
+from stages.lora.prefix import FrozenPrefix
 from stages.text.tokens import TokenRow
 
 
@@ -57,12 +58,14 @@ def score_batch(model: nn.Module, batch: Batch) -> Score:
     return Score(float(losses_N.sum()), int(correct_N.sum()), batch.trained_tokens, 0)
 
 
-def score_rows(model: nn.Module, rows: Sequence[TokenRow], *, batch_size: int) -> Iterator[tuple[int, Score]]:
+def score_rows(
+    model: nn.Module, rows: Sequence[TokenRow], *, batch_size: int, prefix: FrozenPrefix | None = None
+) -> Iterator[tuple[int, Score]]:
     """The sums of each row, as (index, score), in no particular order; the model is left in evaluation mode."""
     narrow_head(model)
     model.eval()
     for indices in sorted_batches([len(row.input_ids) for row in rows], batch_size=batch_size):
-        batch = collate([rows[i] for i in indices])
+        batch = collate([rows[i] for i in indices], prefix)
         losses_N, correct_N = _score_tokens(model, batch)
         for position, index in enumerate(indices):
             mine = batch.rows_N == position

@@ -1,0 +1,128 @@
+"""The frozen prefix of a run and its cache: whether states are kept on this machine, said in one line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages import base, blas, console, files, params
+
+if TYPE_CHECKING:
+    from stages.lora.prefix import FrozenPrefix
+    from stages.lora.state_cache import StateCache
+    from stages.text.tokens import TokenRow
+
+# The code that states come from: with another they may be others.
+_CODE = ("frozen.py", "lora/model.py", "lora/phi3.py", "lora/prefix.py", "lora/state_cache.py")
+
+
+def cache_root() -> Path:
+    """In the project's own folder even for an experiment that runs in a folder of its own."""
+    return Path(os.environ.get("DVC_ROOT", ".")) / "artifacts" / "cache"
+
+
+def prefix(
+    model: Any, adapted: Iterable[str], rows: Sequence[TokenRow], *, settings: params.Params, manifest: base.Base
+) -> FrozenPrefix | None:
+    """The layers below the `adapted` modules, to be skipped for `rows`; None where there are none or they cannot be.
+
+    The states are the same bits whether they are kept or computed anew each time: the disk shapes no result.
+    """
+    from stages.lora.adapter import frozen_layers
+    from stages.lora.prefix import FrozenPrefix
+
+    count = len(model.layers)
+    layers = frozen_layers(adapted, count)
+    if settings.train.cache_frozen == "off" or layers == 0:
+        return None
+    folder = cache_root() / _fingerprint(model, layers, manifest)
+    found = FrozenPrefix(model, layers)
+    found.cache, reason = _cache(folder, rows, model, settings)
+    if (found.cache is None or not found.cache.verified) and (mismatch := _checked(found, rows[:2])):
+        console.warn(f"every layer runs each time: {mismatch}")
+        return None
+    what = f"the lowest {layers} of {count} layers are frozen: what they put out for a row is computed"
+    if found.cache is None:
+        console.say(f"{what} each time ({reason})")
+    else:
+        size = f"{found.cache.size() / 1e6:,.0f} MB"
+        console.say(f"{what} once and kept ({size} so far, in {folder.parent}/{folder.name[:8]}…)")
+    return found
+
+
+def tell_problem(found: FrozenPrefix | None) -> None:
+    """Say what the cache ran into, once."""
+    if found and found.cache and found.cache.problem:
+        console.warn(found.cache.problem)
+        found.cache.problem = None
+
+
+def _checked(found: FrozenPrefix, rows: Sequence[TokenRow]) -> str | None:
+    """Compare with the plain model, once for a cache; states that are another model's make way for new ones."""
+    mismatch, cache = found.mismatch(rows), found.cache
+    if cache is None:
+        return mismatch
+    if mismatch is None:
+        cache.mark_verified()
+        return None
+    cache.clear()
+    return found.mismatch(rows)
+
+
+def _cache(
+    folder: Path, rows: Sequence[TokenRow], model: Any, settings: params.Params
+) -> tuple[StateCache | None, str | None]:
+    """The opened cache, with room for all rows; or None and the reason, where that needs more than it may."""
+    from stages.lora.state_cache import StateCache, evict
+
+    limit, insist = int(settings.runtime.cache_gb * 1e9), settings.train.cache_frozen == "on"
+    try:
+        cache = StateCache(folder)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        if insist:
+            raise
+        return None, f"{error.filename}: {error.strerror}"
+    token = _bytes_a_token(model)
+    needed = token * sum(len(row.input_ids) - 1 for row in rows)
+    missing = token * sum(len(row.input_ids) - 1 for row in rows if row.input_ids[:-1] not in cache)
+    if missing and cache.size() + missing > limit >= needed:
+        cache.clear()  # what earlier rows left fills it
+        missing = needed
+    evict(folder.parent, keep=folder, to=limit - cache.size() - missing)
+    if insist or (cache.size() + missing <= limit and missing <= free // 2):
+        return cache, None
+    cache.close()
+    most = "runtime.cache_gb" if cache.size() + missing > limit else "half of the free disk"
+    return None, f"{needed / 1e9:.1f} GB to keep is more than {most}"
+
+
+def _bytes_a_token(model: Any) -> int:
+    from stages.lora.memory import hidden_size
+    from stages.lora.model import floating_dtype
+
+    return hidden_size(model) * floating_dtype(model).size
+
+
+def _fingerprint(model: Any, layers: int, manifest: base.Base) -> str:
+    """What the states of a row follow from besides its tokens."""
+    import mlx.core as mx
+
+    from stages.lora.model import floating_dtype
+
+    here = Path(__file__).parent
+    return files.digest_of(
+        {
+            "base": manifest.identity,
+            "layers": layers,
+            "dtype": str(floating_dtype(model)),
+            "device": str(mx.default_device()),
+            "blas": blas.loaded(),
+            "versions": [importlib.metadata.version(name) for name in ("mlx", "mlx-lm")],
+            "code": {name: files.sha256(here / name) for name in _CODE},
+        }
+    )[:32]

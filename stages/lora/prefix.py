@@ -1,0 +1,131 @@
+"""The frozen prefix: the layers below the first adapted one, whose output for given tokens never changes.
+
+Nothing in them is trained and they get no dropout, so their output (the states) is computed once per row and fed in at
+the first adapted layer from then on. This needs nothing from the model's code: while states are fed in, stand-ins take
+the frozen layers' places in `model.layers` and return them. A row's states are computed with the row alone, so that
+they are the same bits whatever rows it meets in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from stages.lora.state_cache import StateCache
+from stages.text.tokens import TokenRow
+
+_CHECK_TOKENS = 128  # of each row that the start-up check looks at
+_TOLERANCES = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 5e-2}  # of the largest logit
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass at the first adapted layer; its argument is what the frozen ones put out."""
+
+
+class _StandIn:
+    """In a layer's place, and like it to whoever asks for its attributes (its kind of attention, say)."""
+
+    def __init__(self, layer: nn.Module, states_BxLxD: mx.array | None = None) -> None:
+        self._layer, self._states_BxLxD = layer, states_BxLxD
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, hidden_BxLxD: mx.array, *_args: Any, **_kwargs: Any) -> mx.array:
+        if self._states_BxLxD is None:
+            raise _ReachedError(hidden_BxLxD)
+        return self._states_BxLxD
+
+
+@dataclass(frozen=True)
+class States:
+    """What the lowest `layers` layers put out for a batch, (B, L, D)."""
+
+    layers: int
+    hidden_BxLxD: mx.array
+
+
+@contextmanager
+def fed(model: nn.Module, states: States | None) -> Iterator[None]:
+    """Let the model start from these states; None leaves it as it is."""
+    if states is None:
+        yield
+        return
+    below = model.layers[: states.layers]
+    model.layers[: states.layers] = [_StandIn(layer, states.hidden_BxLxD) for layer in below]
+    try:
+        yield
+    finally:
+        model.layers[: states.layers] = below
+
+
+class FrozenPrefix:
+    """The lowest `layers` layers of a model, skipped wherever a row's states are known.
+
+    `cache` keeps states from one process to the next; without one they are computed whenever they are asked for.
+    """
+
+    def __init__(self, model: nn.Module, layers: int, cache: StateCache | None = None) -> None:
+        self.model, self.layers, self.cache = model, layers, cache
+
+    def states(self, rows: Sequence[TokenRow]) -> States:
+        """The states of rows, padded at their end to the longest; of each row all tokens but the last."""
+        longest = max(len(row.input_ids) for row in rows) - 1
+        found = [self._row_states(row.input_ids[:-1]) for row in rows]
+        padded = [mx.pad(states_LxD, [(0, longest - len(states_LxD)), (0, 0)]) for states_LxD in found]
+        return States(self.layers, mx.stack(padded))
+
+    def mismatch(self, rows: Sequence[TokenRow]) -> str | None:
+        """Why the model may not be cut here, found on the beginnings of some rows; None where it says the same.
+
+        The logits from the states, cached ones if there are any, against the plain model's: they may differ by 1e-4 of
+        the largest logit in float32, 1e-2 in float16, 5e-2 in bfloat16.
+        """
+        try:
+            states = self.states(rows)
+        except (ValueError, TypeError, AttributeError) as error:
+            return f"the model's layers cannot be cut apart ({error})"
+        ids = [row.input_ids[:-1][:_CHECK_TOKENS] for row in rows]
+        for row_ids, hidden_LxD in zip(ids, states.hidden_BxLxD, strict=True):
+            tokens_1xL = mx.array(row_ids[None])
+            plain = self.model(tokens_1xL)
+            with fed(self.model, States(self.layers, hidden_LxD[None, : len(row_ids)])):
+                cut = self.model(tokens_1xL)
+            difference = mx.abs(plain - cut).max() / mx.abs(plain).max()
+            if not float(difference) <= _TOLERANCES.get(plain.dtype, 1e-4):
+                return f"the model says something else from the states of its lowest {self.layers} layers"
+        return None
+
+    def _row_states(self, ids_L: np.ndarray) -> mx.array:
+        if self.cache is None:
+            return self._computed(ids_L)
+        states_LxD = self.cache.read(ids_L)
+        if states_LxD is None:
+            states_LxD = self._computed(ids_L)
+            self.cache.write(ids_L, states_LxD)
+        return states_LxD
+
+    def _computed(self, ids_L: np.ndarray) -> mx.array:
+        layers, training = self.model.layers, self.model.training
+        first = layers[self.layers]
+        layers[self.layers] = _StandIn(first)
+        self.model.eval()
+        try:
+            self.model(mx.array(ids_L[None]))
+        except _ReachedError as reached:
+            states_1xLxD: mx.array = reached.args[0]
+        else:
+            raise ValueError(f"its layer {self.layers} is never called")
+        finally:
+            layers[self.layers] = first
+            self.model.train(training)
+        if not isinstance(states_1xLxD, mx.array) or states_1xLxD.shape[:2] != (1, len(ids_L)):
+            raise ValueError("what a layer passes on is not (B, L, D)")
+        mx.eval(states_1xLxD)
+        return states_1xLxD[0]

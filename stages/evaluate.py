@@ -49,7 +49,7 @@ def evaluate(
     scores = {"base": _score(model, rows, settings.evaluate.batch_size, "base", prefix)}
     adapter.load(model, adapter_dir)
     scores["adapter"] = _score(model, rows, settings.evaluate.batch_size, "adapter", prefix)
-    frozen.tell_problem(prefix)
+    frozen.close(prefix)
 
     totals = {name: sum(parts[1:], parts[0]) for name, parts in scores.items()}
     summary: dict[str, Any] = {

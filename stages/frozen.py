@@ -54,23 +54,26 @@ def prefix(
     return found
 
 
-def tell_problem(found: FrozenPrefix | None) -> None:
-    """Say what the cache ran into, once."""
-    if found and found.cache and found.cache.problem:
+def close(found: FrozenPrefix | None) -> None:
+    """Close the cache, and say what it ran into."""
+    if found is None or found.cache is None:
+        return
+    found.cache.close()
+    if found.cache.problem:
         console.warn(found.cache.problem)
-        found.cache.problem = None
 
 
 def _checked(found: FrozenPrefix, rows: Sequence[TokenRow]) -> str | None:
     """Compare with the plain model, once for a cache; states that are another model's make way for new ones."""
-    mismatch, cache = found.mismatch(rows), found.cache
-    if cache is None:
+    mismatch = found.mismatch(rows)
+    if found.cache is None:
         return mismatch
+    if mismatch is not None:
+        found.cache.clear()
+        mismatch = found.mismatch(rows)
     if mismatch is None:
-        cache.mark_verified()
-        return None
-    cache.clear()
-    return found.mismatch(rows)
+        found.cache.mark_verified()
+    return mismatch
 
 
 def _cache(
@@ -82,7 +85,6 @@ def _cache(
     limit, insist = int(settings.runtime.cache_gb * 1e9), settings.train.cache_frozen == "on"
     try:
         cache = StateCache(folder)
-        free = shutil.disk_usage(folder).free
     except OSError as error:
         if insist:
             raise
@@ -93,12 +95,13 @@ def _cache(
     if missing and cache.size() + missing > limit >= needed:
         cache.clear()  # what earlier rows left fills it
         missing = needed
-    evict(folder.parent, keep=folder, to=limit - cache.size() - missing)
-    if insist or (cache.size() + missing <= limit and missing <= free // 2):
+    fits = cache.size() + missing <= limit
+    if fits or insist:
+        evict(folder.parent, keep=folder, to=max(limit - missing, 0))
+    if insist or (fits and missing <= shutil.disk_usage(folder).free // 2):
         return cache, None
     cache.close()
-    most = "runtime.cache_gb" if cache.size() + missing > limit else "half of the free disk"
-    return None, f"{needed / 1e9:.1f} GB to keep is more than {most}"
+    return None, f"{needed / 1e9:.2f} GB to keep is more than {'half of the free disk' if fits else 'runtime.cache_gb'}"
 
 
 def _bytes_a_token(model: Any) -> int:

@@ -72,7 +72,7 @@ def train(
                 steps_per_save=settings.runtime.steps_per_save,
                 report=lambda event: _report(event, clock.rate(trainer), advance),
             )
-        frozen.tell_problem(prefix)
+        frozen.close(prefix)
         trainer.finish()
         with files.replacing(out) as draft:
             adapter.save(draft, model, lora)

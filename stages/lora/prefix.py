@@ -57,12 +57,23 @@ def fed(model: nn.Module, states: States | None) -> Iterator[None]:
     if states is None:
         yield
         return
-    below = model.layers[: states.layers]
-    model.layers[: states.layers] = [_StandIn(layer, states.hidden_BxLxD) for layer in below]
+    layers = _layers(model)
+    below = layers[: states.layers]
+    layers[: states.layers] = [_StandIn(layer, states.hidden_BxLxD) for layer in below]
     try:
         yield
     finally:
-        model.layers[: states.layers] = below
+        layers[: states.layers] = below
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    """The list itself that the model goes through; `model.layers` may be a copy of it."""
+    named: list[Any] = model.layers
+    for module in model.modules():
+        for value in module.values():
+            if isinstance(value, list) and len(value) == len(named) and value[0] is named[0]:
+                return value
+    return named
 
 
 class FrozenPrefix:
@@ -112,7 +123,7 @@ class FrozenPrefix:
         return states_LxD
 
     def _computed(self, ids_L: np.ndarray) -> mx.array:
-        layers, training = self.model.layers, self.model.training
+        layers, training = _layers(self.model), self.model.training
         first = layers[self.layers]
         layers[self.layers] = _StandIn(first)
         self.model.eval()

@@ -98,8 +98,9 @@ def test_a_flipped_bit_is_noticed_and_mended(filled: StateCache, offset: int) ->
 
 @pytest.mark.parametrize("field", ["rows", "width", "dtype", "offset", "crc"])
 def test_a_damaged_record_is_noticed(filled: StateCache, field: str) -> None:
-    for byte in range(_RECORD.fields[field][0].itemsize):
-        place = 2 * _RECORD.itemsize + _RECORD.fields[field][1] + byte
+    kind, start = dict(_RECORD.fields or {})[field][:2]
+    for byte in range(kind.itemsize):
+        place = 2 * _RECORD.itemsize + start + byte
         flip(filled.folder / "index.bin", place)
         cache = StateCache(filled.folder)
         assert cache.read(IDS[2]) is None, byte

@@ -1,8 +1,8 @@
-"""Requests to stop: a signal, or the death of the DVC that started this process.
+"""Requests to stop: a signal, or the death of the DVC or the launcher that started this process.
 
 The first SIGINT, SIGTERM or SIGHUP asks the work to come to a good end; a second one ends the process at once. A stage
-under DVC also stops when its parent is gone: DVC killed alone leaves its stage running, which the next `dvc repro`
-would run into.
+under DVC or `mlx.launch` also stops when its parent is gone: killed alone, that leaves its stage running, which the next
+one would run into.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def stop_requests() -> Iterator[Callable[[], tuple[str, int] | None]]:
     def requested() -> tuple[str, int] | None:
         if received:
             return received[0].name, 128 + received[0]
-        if "DVC_ROOT" in os.environ and os.getppid() != parent:
-            return "the end of the DVC that started it", 1
+        starter = "DVC" if "DVC_ROOT" in os.environ else "launcher" if "MLX_RANK" in os.environ else None
+        if starter and os.getppid() != parent:
+            return f"the end of the {starter} that started it", 1
         return None
 
     before = {each: signal.getsignal(each) for each in _SIGNALS}

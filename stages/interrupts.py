@@ -1,8 +1,8 @@
 """Requests to stop: a signal, or the death of the DVC or the launcher that started this process.
 
 The first SIGINT, SIGTERM or SIGHUP asks the work to come to a good end; a second one ends the process at once. A stage
-under DVC or `mlx.launch` also stops when its parent is gone: killed alone, that leaves its stage running, which the next
-one would run into.
+under DVC or `mlx.launch` also stops when its parent is gone: killed alone, that leaves its stage running, and the next
+run would run into it.
 """
 
 from __future__ import annotations

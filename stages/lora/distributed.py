@@ -96,10 +96,8 @@ class Ranks:
         """
         digests_RxP = self.gather([int(digest_of(value)[:12], 16) for value in parts.values()])
         problems = []
-        for rank in range(1, self.size):
-            differing = [
-                name for name, same in zip(parts, digests_RxP[rank] == digests_RxP[0], strict=True) if not same
-            ]
+        for rank, digests in enumerate(digests_RxP):
+            differing = [name for name, same in zip(parts, digests == digests_RxP[0], strict=True) if not same]
             if differing:
                 problems.append(f"rank {rank} differs from rank 0 in: {', '.join(differing)}; {_REMEDY}")
         if problems:

@@ -247,7 +247,7 @@ class Trainer:
         self.progress = Progress.from_dict(snapshot.progress)
 
     def meet(self) -> None:
-        """Give every rank the state of rank 0: before the first update, and after a restore, which is rank 0's alone."""
+        """Give every rank the state of rank 0, which alone has checkpoints, before they go on."""
         if self.ranks.size > 1:
             own = self.snapshot()
             content = save({name: np.array(array) for name, array in own.arrays.items()})

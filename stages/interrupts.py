@@ -3,16 +3,22 @@
 The first SIGINT, SIGTERM or SIGHUP asks the work to come to a good end; a second one ends the process at once. A stage
 under DVC or `mlx.launch` also stops when its parent is gone: killed alone, that leaves its stage running, and the next
 run would run into it.
+
+While a call into MLX waits for another rank, Python hears no signal. A thread then ends the process after a second one,
+and in a launched process also when nothing came of the first: the launcher sends just one when another rank is gone.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+LEAVE_SECONDS = 60  # how long a launched process may take to come to its good end
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -40,8 +46,26 @@ def stop_requests() -> Iterator[Callable[[], tuple[str, int] | None]]:
     for each in _SIGNALS:
         if before[each] != signal.SIG_IGN:
             signal.signal(each, note)
+    heard, tell = os.pipe()
+    os.set_blocking(tell, False)
+    told_before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    watch = threading.Thread(target=_end_if_stuck, args=(heard,), daemon=True)
+    watch.start()
     try:
         yield requested
     finally:
+        signal.set_wakeup_fd(told_before)
+        os.close(tell)
+        watch.join()
+        os.close(heard)
         for each in _SIGNALS:
             signal.signal(each, before[each])
+
+
+def _end_if_stuck(heard: int) -> None:
+    """End the process if a signal's number is read, and then another's, or in a launched process nothing for long."""
+    first = os.read(heard, 1)
+    seconds = LEAVE_SECONDS if "MLX_RANK" in os.environ else None
+    # The other end is closed, and so can be read, when the work came to its end.
+    if first and (not select.select([heard], [], [], seconds)[0] or os.read(heard, 1)):
+        os._exit(128 + first[0])

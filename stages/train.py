@@ -5,6 +5,7 @@ data/tokens + artifacts/base.json → artifacts/adapter: `python -m stages.train
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,7 +64,7 @@ def train(
     )
     checkpoints = Checkpoints(resume.checkpoint_root(), run)
     trainer = Trainer(model, rows["train"], rows["valid"], config, ranks)
-    _tell_memory(model, rows["train"], config)
+    _tell_memory(model, rows["train"], config, ranks.size)
     clock = _Clock(started)
     with resume.lock(checkpoints, ranks):
         with console.progress("training", total=config.steps) as advance:
@@ -132,11 +133,11 @@ def _config(settings: params.Params, rows: int, ranks: int) -> TrainConfig:
     return config
 
 
-def _tell_memory(model: Any, rows: Any, config: TrainConfig) -> None:
+def _tell_memory(model: Any, rows: Any, config: TrainConfig, ranks: int) -> None:
     """What the run will take of the memory there is, and what would help if it seems too much."""
     from stages.lora import memory
 
-    size, recompute = config.batch_size, config.grad_checkpoint
+    size, recompute = math.ceil(config.batch_size / ranks), config.grad_checkpoint
     needed = memory.estimate(model, rows, batch_size=size, grad_checkpoint=recompute)
     if advice := memory.advice(needed, batch_size=size, grad_checkpoint=recompute):
         console.warn(advice)

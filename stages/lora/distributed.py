@@ -114,22 +114,26 @@ def join() -> Ranks:
     Raises:
         ValueError: they cannot be reached.
     """
-    if not _is_launched(os.environ):
+    backend = _backend(os.environ)
+    if backend is None:
         return ALONE
     try:
-        group = mx.distributed.init(strict=True)
+        group = mx.distributed.init(strict=True, backend=backend)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"the other ranks cannot be reached: {error}") from None
+        raise ValueError(f"the other ranks cannot be reached by {backend}: {error}") from None
     return Ranks(group) if group.size() > 1 else ALONE
 
 
-def _is_launched(environment: Mapping[str, str]) -> bool:
-    """Whether `mlx.launch` or Open MPI's `mpirun` started this process, together with others."""
+def _backend(environment: Mapping[str, str]) -> str | None:
+    """What `mlx.launch` or Open MPI's `mpirun` started this process for, as they tell it; None without others."""
     if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
-        return True
-    hosts = environment.get("MLX_HOSTFILE")
-    # For a single process, `mlx.launch` writes an empty list of hosts, which MLX cannot read.
-    return "MLX_RANK" in environment and (hosts is None or bool(Path(hosts).read_text(encoding="utf-8").strip()))
+        return "mpi"
+    if "MLX_RANK" not in environment:
+        return None
+    if hosts := environment.get("MLX_HOSTFILE"):
+        # For a single process, `mlx.launch` writes an empty list of hosts, which MLX cannot read.
+        return "ring" if Path(hosts).read_text(encoding="utf-8").strip() else None
+    return "jaccl" if "MLX_IBV_DEVICES" in environment else "nccl"
 
 
 def _met(result: mx.array) -> mx.array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,16 @@ Overrides = Annotated[
 ]
 DEFAULT_PARAMS = PARAMS_FILE
 
+RANK_0_SECONDS = 2  # how long another rank leaves it to rank 0 to tell an error
+_rank = 0
+
+
+def follow(rank: int) -> None:
+    """Leave the talking to rank 0, but for errors of this rank alone."""
+    global _rank
+    _rank = rank
+    out.quiet = err.quiet = rank > 0
+
 
 def main(command: Callable[..., Any]) -> None:
     """Run one stage command from the command line: `python -m stages.NAME`."""
@@ -56,8 +67,13 @@ def run(app: typer.Typer) -> None:
     try:
         app()
     except (ValueError, OSError) as error:
+        if _rank:
+            # An error that every rank meets ends rank 0 as well, and the launcher then ends this process.
+            time.sleep(RANK_0_SECONDS)
+            err.quiet = False
+        who = f"rank {_rank}: " if _rank else ""
         for line in _explain(error).splitlines():
-            err.print(f"[bold red]error:[/] {_escape(line)}", soft_wrap=True)
+            err.print(f"{who}[bold red]error:[/] {_escape(line)}", soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("interrupted")

@@ -6,6 +6,9 @@ data/tokens + artifacts/base.json + artifacts/adapter → artifacts/metrics/eval
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +17,7 @@ import typer
 from stages import base, console, files, frozen, params
 
 if TYPE_CHECKING:
+    from stages.lora.distributed import Ranks
     from stages.lora.prefix import FrozenPrefix
     from stages.lora.score import Score
     from stages.text.tokens import TokenRow
@@ -28,11 +32,16 @@ def evaluate(
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:
-    """Loss, perplexity, bits per byte and token accuracy of base and adapter on every row of the test split."""
-    from stages.lora import adapter
+    """Loss, perplexity, bits per byte and token accuracy of base and adapter on every row of the test split.
+
+    Under `mlx.launch` its processes share out the rows; the first of them talks and writes.
+    """
+    from stages.lora import adapter, distributed
     from stages.lora.model import load_base
     from stages.text.parquet import read_tokens
 
+    ranks = distributed.join()
+    console.follow(ranks.rank)
     settings = params.load(params_file, overrides or ())
     files.refuse_foreign(out, ["rows.parquet"], inputs=[tokens, adapter_dir])
     manifest = base.read(base_file)
@@ -41,15 +50,26 @@ def evaluate(
         raise ValueError(
             f"{tokens / 'test.parquet'}: no rows to evaluate on; raise prepare.test_fraction or prepare.test_rows"
         )
+    ranks.agree(
+        {
+            "params": settings.evaluate.model_dump() | {"dtype": settings.model.dtype},
+            "tokens": files.sha256(tokens / "test.parquet"),
+            "base": manifest.identity,
+        }
+    )
     with console.progress("loading the base model"):
         model, _ = load_base(
             base.locate(manifest), dtype=settings.model.dtype, trust_remote_code=settings.model.trust_remote_code
         )
-    prefix = frozen.prefix(model, adapter.saved_names(adapter_dir), rows, settings=settings, manifest=manifest)
-    scores = {"base": _score(model, rows, settings.evaluate.batch_size, "base", prefix)}
-    adapter.load(model, adapter_dir)
-    scores["adapter"] = _score(model, rows, settings.evaluate.batch_size, "adapter", prefix)
+    size = settings.evaluate.batch_size
+    with _adapter_of_first(adapter_dir, ranks) as folder:
+        prefix = frozen.prefix(model, adapter.saved_names(folder), rows, settings=settings, manifest=manifest)
+        scores = {"base": _score(model, rows, size, "base", ranks, prefix)}
+        adapter.load(model, folder)
+    scores["adapter"] = _score(model, rows, size, "adapter", ranks, prefix)
     frozen.close(prefix)
+    if ranks.rank:
+        return
 
     totals = {name: sum(parts[1:], parts[0]) for name, parts in scores.items()}
     summary: dict[str, Any] = {
@@ -69,16 +89,31 @@ def evaluate(
     )
 
 
-def _score(model: Any, rows: list[TokenRow], batch_size: int, name: str, prefix: FrozenPrefix | None) -> list[Score]:
-    """Each row's score, in the order of the rows."""
-    from stages.lora.score import score_rows
+def _score(
+    model: Any, rows: list[TokenRow], batch_size: int, name: str, ranks: Ranks, prefix: FrozenPrefix | None
+) -> list[Score]:
+    """Each row's score, in the order of the rows, whichever rank scored it."""
+    from stages.lora.score import gather_scores, score_rows
 
-    with console.progress(f"scoring {name}", total=len(rows)) as advance:
+    own = ranks.deal([len(row.input_ids) for row in rows])
+    with console.progress(f"scoring {name}", total=len(own)) as advance:
         scored = {}
-        for index, score in score_rows(model, rows, batch_size=batch_size, prefix=prefix):
-            scored[index] = score
+        for index, score in score_rows(model, [rows[i] for i in own], batch_size=batch_size, prefix=prefix):
+            scored[own[index]] = score
             advance(1)
-    return [scored[index] for index in range(len(rows))]
+    return gather_scores(scored, rows=len(rows), ranks=ranks)
+
+
+@contextmanager
+def _adapter_of_first(directory: Path, ranks: Ranks) -> Iterator[Path]:
+    """The folder of rank 0's adapter on every rank: on several machines, training left it on the first alone."""
+    from stages.lora.adapter import CONFIG_FILE, WEIGHTS_FILE
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in (CONFIG_FILE, WEIGHTS_FILE) if ranks.size > 1 else ():
+            content = (directory / name).read_bytes() if ranks.rank == 0 else b""
+            (Path(scratch) / name).write_bytes(ranks.bytes_of_first(content))
+        yield Path(scratch) if ranks.rank else directory
 
 
 def _figures(total: Score) -> dict[str, float]:

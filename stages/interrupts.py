@@ -1,18 +1,24 @@
-"""Requests to stop: a signal, or the death of the DVC that started this process.
+"""Requests to stop: a signal, or the death of the DVC or the launcher that started this process.
 
 The first SIGINT, SIGTERM or SIGHUP asks the work to come to a good end; a second one ends the process at once. A stage
-under DVC also stops when its parent is gone: DVC killed alone leaves its stage running, which the next `dvc repro`
-would run into.
+under DVC or `mlx.launch` also stops when its parent is gone: killed alone, that leaves its stage running, and the next
+run would run into it.
+
+While a call into MLX waits for another rank, Python hears no signal. A thread then ends the process after a second one,
+and in a launched process also when nothing came of the first: the launcher sends just one when another rank is gone.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+LEAVE_SECONDS = 60  # how long a launched process may take to come to its good end
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -30,8 +36,9 @@ def stop_requests() -> Iterator[Callable[[], tuple[str, int] | None]]:
     def requested() -> tuple[str, int] | None:
         if received:
             return received[0].name, 128 + received[0]
-        if "DVC_ROOT" in os.environ and os.getppid() != parent:
-            return "the end of the DVC that started it", 1
+        starter = "DVC" if "DVC_ROOT" in os.environ else "launcher" if "MLX_RANK" in os.environ else None
+        if starter and os.getppid() != parent:
+            return f"the end of the {starter} that started it", 1
         return None
 
     before = {each: signal.getsignal(each) for each in _SIGNALS}
@@ -39,8 +46,26 @@ def stop_requests() -> Iterator[Callable[[], tuple[str, int] | None]]:
     for each in _SIGNALS:
         if before[each] != signal.SIG_IGN:
             signal.signal(each, note)
+    heard, tell = os.pipe()
+    os.set_blocking(tell, False)
+    told_before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    watch = threading.Thread(target=_end_if_stuck, args=(heard,), daemon=True)
+    watch.start()
     try:
         yield requested
     finally:
+        signal.set_wakeup_fd(told_before)
+        os.close(tell)
+        watch.join()
+        os.close(heard)
         for each in _SIGNALS:
             signal.signal(each, before[each])
+
+
+def _end_if_stuck(heard: int) -> None:
+    """End the process if a signal's number is read, and then another's, or in a launched process nothing for long."""
+    first = os.read(heard, 1)
+    seconds = LEAVE_SECONDS if "MLX_RANK" in os.environ else None
+    # The other end is closed, and so can be read, when the work came to its end.
+    if first and (not select.select([heard], [], [], seconds)[0] or os.read(heard, 1)):
+        os._exit(128 + first[0])

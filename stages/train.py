@@ -5,6 +5,7 @@ data/tokens + artifacts/base.json → artifacts/adapter: `python -m stages.train
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,13 +38,17 @@ def train(
 
     Its state is saved as it goes, under `artifacts/checkpoints`. Interrupted at any moment, by whatever, the same
     command goes on and ends in the same bytes; with other parameters, rows or another base it starts afresh.
+
+    Under `mlx.launch` its processes share out each update's rows; the first of them talks and writes.
     """
-    from stages.lora import adapter, record
+    from stages.lora import adapter, distributed, record
     from stages.lora.checkpoint import Checkpoints, fingerprint
     from stages.lora.loop import Trainer
     from stages.text.parquet import read_tokens
 
     started = time.perf_counter()
+    ranks = distributed.join()
+    console.follow(ranks.rank)
     settings = params.load(params_file, overrides or ())
     files.refuse_foreign(out, ["adapters.safetensors", "adapter_config.json"], inputs=[tokens])
     manifest = base.read(base_file)
@@ -53,18 +58,19 @@ def train(
     prefix = frozen.prefix(
         model, adapter.weights(model), rows["train"] + rows["valid"], settings=settings, manifest=manifest
     )
-    config = _config(settings, len(rows["train"]))
+    config = _config(settings, len(rows["train"]), ranks.size)
     run = fingerprint(
+        ranks,
         params=settings.model_dump(include={"seed", "lora", "train"}) | {"dtype": settings.model.dtype},
         tokens={name: files.sha256(path) for name, path in splits.items()},
         base=manifest.identity,
         init_adapter=_digest(settings.train.init_adapter),
     )
     checkpoints = Checkpoints(resume.checkpoint_root(), run)
-    trainer = Trainer(model, rows["train"], rows["valid"], config, prefix=prefix)
-    _tell_memory(model, rows["train"], config)
+    trainer = Trainer(model, rows["train"], rows["valid"], config, prefix=prefix, ranks=ranks)
+    _tell_memory(model, rows["train"], config, ranks.size)
     clock = Clock(started)
-    with resume.lock(checkpoints):
+    with resume.lock(checkpoints, ranks):
         with console.progress("training", total=config.steps) as advance:
             resume.run(
                 trainer,
@@ -73,6 +79,8 @@ def train(
                 report=lambda event: _report(event, clock.rate(trainer), advance),
             )
         frozen.close(prefix)
+        if ranks.rank:
+            return
         trainer.finish()
         with files.replacing(out) as draft:
             adapter.save(draft, model, lora)
@@ -114,7 +122,7 @@ def _digest(init_adapter: str | None) -> str | None:
     return None if init_adapter is None else files.sha256(Path(init_adapter) / WEIGHTS_FILE)
 
 
-def _config(settings: params.Params, rows: int) -> TrainConfig:
+def _config(settings: params.Params, rows: int, ranks: int) -> TrainConfig:
     from stages.lora.loop import TrainConfig, updates_per_epoch
 
     options = settings.train.model_dump(exclude={"epochs", "iters", "init_adapter", "cache_frozen"})
@@ -123,14 +131,18 @@ def _config(settings: params.Params, rows: int) -> TrainConfig:
     steps = settings.train.iters or (settings.train.epochs or 0) * per_epoch
     config = TrainConfig(steps=steps, seed=settings.seed, **options)
     console.say(f"{rows:,} rows, {steps:,} updates of {config.rows_per_update} rows, {per_epoch:,} an epoch")
+    if ranks > 1:
+        console.say(f"data-parallel on {ranks} ranks")
+    if ranks > config.rows_per_update:
+        console.warn(f"{ranks - config.rows_per_update} ranks have no rows; raise train.batch_size to {ranks} or more")
     return config
 
 
-def _tell_memory(model: Any, rows: Any, config: TrainConfig) -> None:
+def _tell_memory(model: Any, rows: Any, config: TrainConfig, ranks: int) -> None:
     """What the run will take of the memory there is, and what would help if it seems too much."""
     from stages.lora import memory
 
-    size, recompute = config.batch_size, config.grad_checkpoint
+    size, recompute = math.ceil(config.batch_size / ranks), config.grad_checkpoint
     needed = memory.estimate(model, rows, batch_size=size, grad_checkpoint=recompute)
     if advice := memory.advice(needed, batch_size=size, grad_checkpoint=recompute):
         console.warn(advice)

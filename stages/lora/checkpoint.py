@@ -21,6 +21,7 @@ import mlx.core as mx
 
 from stages.files import digest_of, replacing, sha256
 from stages.lora.arrays import write_arrays
+from stages.lora.distributed import ALONE, Ranks
 from stages.lora.loop import Snapshot
 
 KEPT = 2
@@ -33,13 +34,20 @@ class BusyError(Exception):
     """Another process trains this very run; its id is the argument."""
 
 
-def fingerprint(**parts: Any) -> str:
-    """The name of a run: a digest of `parts` and of this code, MLX's version and the device."""
+def fingerprint(ranks: Ranks = ALONE, **parts: Any) -> str:
+    """The name of a run: a digest of `parts` and of this code, MLX's version, the device, and how many ranks there are.
+
+    Raises:
+        ValueError: another rank's is not the same.
+    """
     stages = Path(__file__).parent.parent
     files = [path for name in _CODE for path in (sorted((stages / name).rglob("*.py")) or [stages / name])]
     code = {str(path.relative_to(stages)): sha256(path) for path in files}
     machine = {"mlx": importlib.metadata.version("mlx"), "device": str(mx.default_device())}
-    return digest_of({**parts, "code": code, "machine": machine})[:32]
+    parts |= {"code": code, "machine": machine}
+    ranks.agree(parts)
+    # Sums round differently in another number of parts.
+    return digest_of(parts | ({"ranks": ranks.size} if ranks.size > 1 else {}))[:32]
 
 
 class Checkpoints:

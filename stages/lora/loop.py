@@ -6,10 +6,11 @@ snapshot needs just the weights, the optimizer's moments and what has been count
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -17,9 +18,11 @@ import mlx.nn as nn
 import numpy as np
 from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten
+from safetensors.numpy import load, save
 
 from stages.lora import adapter
-from stages.lora.batches import collate, epoch_batches, sorted_batches
+from stages.lora.batches import Batch, collate, epoch_batches, sorted_batches
+from stages.lora.distributed import ALONE, Ranks
 from stages.lora.loss import narrow_head, sum_loss
 from stages.lora.memory import recompute_activations
 from stages.lora.optimizer import (
@@ -31,7 +34,7 @@ from stages.lora.optimizer import (
     restore_state,
 )
 from stages.lora.prefix import FrozenPrefix
-from stages.lora.score import score_batch
+from stages.lora.score import NOTHING, score_batch
 from stages.text.tokens import TokenRow
 
 
@@ -78,6 +81,11 @@ class Sums:
     def add(self, other: Sums) -> None:
         for name, value in asdict(other).items():
             setattr(self, name, getattr(self, name) + value)
+
+    def over(self, ranks: Ranks) -> Sums:
+        """One update's sums over all its ranks."""
+        totals = zip(astuple(self), ranks.sum(astuple(self)), strict=True)
+        return replace(Sums(*(type(own)(total) for own, total in totals)), updates=self.updates)
 
     @property
     def loss(self) -> float:
@@ -165,6 +173,9 @@ def updates_per_epoch(rows: int, *, rows_per_update: int) -> int:
 class Trainer:
     """One run: a frozen model with a trainable adapter, its rows, its optimizer, its progress.
 
+    On several ranks each holds all rows, and works on its share of every update's and of the validation's. All hold the
+    same weights and the same progress after each, and raise the same errors.
+
     Raises:
         ValueError: there are no rows to train on, or none to validate on although something depends on it.
     """
@@ -177,18 +188,23 @@ class Trainer:
         config: TrainConfig,
         *,
         prefix: FrozenPrefix | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if not train:
             raise ValueError("there are no rows to train on")
         if mute := [row for row in train if not row.loss_mask[1:].any()]:
             raise ValueError(f"row {mute[0].id} ({mute[0].source}) has no token to train on")
-        self.model, self.train, self.config, self.prefix = model, train, config, prefix
+        self.model, self.train, self.config = model, train, config
+        self.prefix, self.ranks = prefix, ranks
         self.progress = Progress()
         self.pace: list[Pace] = []  # of the updates that this process made
         self._lengths = [len(row.input_ids) for row in train]
         self._per_epoch = updates_per_epoch(len(train), rows_per_update=config.rows_per_update)
-        self._valid = validation_rows(valid, batch_size=config.batch_size, val_batches=config.val_batches)
-        if not self._valid and (config.keep == "best" or config.patience is not None):
+        self._rows_at_a_time = math.ceil(config.batch_size / ranks.size)
+        chosen = valid if config.val_batches < 0 else valid[: config.val_batches * config.batch_size]
+        self._validates = bool(chosen)
+        self._valid = self._own(chosen)
+        if not self._validates and (config.keep == "best" or config.patience is not None):
             raise ValueError(
                 "train.keep: best and train.patience need validation rows (train.val_batches, valid split)"
             )
@@ -213,13 +229,13 @@ class Trainer:
         Raises:
             ValueError: a loss is NaN or infinite; weights and progress are then those of the update before.
         """
-        if not self.progress.validations and self.progress.step == 0 and self._valid:
+        if not self.progress.validations and self.progress.step == 0 and self._validates:
             yield Event(0, None, self._validate())
         while not self.done:
             report = self._update()
             step = self.progress.step
             due = step % self.config.steps_per_eval == 0 or step == self.config.steps
-            validation = self._validate() if due and self._valid else None
+            validation = self._validate() if due and self._validates else None
             yield Event(step, report, validation)
 
     def finish(self) -> None:
@@ -245,6 +261,15 @@ class Trainer:
         self._best = parts["best"]
         self.progress = Progress.from_dict(snapshot.progress)
 
+    def meet(self) -> None:
+        """Give every rank the state of rank 0, which alone has checkpoints, before they go on."""
+        if self.ranks.size > 1:
+            own = self.snapshot()
+            content = save({name: np.array(array) for name, array in own.arrays.items()})
+            arrays = load(self.ranks.bytes_of_first(content))
+            progress = json.loads(self.ranks.bytes_of_first(json.dumps(own.progress).encode()))
+            self.restore(Snapshot({name: mx.array(array) for name, array in arrays.items()}, progress))
+
     def _update(self) -> Report | None:
         """One optimizer update over the next rows; a report if one is due."""
         started = time.perf_counter()
@@ -259,7 +284,7 @@ class Trainer:
             steps=config.steps,
             final=config.final_learning_rate,
         )
-        mx.random.seed(_dropout_seed(config.seed, step))
+        mx.random.seed(_dropout_seed(config.seed, step, self.ranks.rank))
         self.model.train()
         gradients, done = self._gradients(rows)
         norm = math.sqrt(sum(float(mx.square(gradient).sum()) for gradient in gradients.values()))
@@ -274,6 +299,7 @@ class Trainer:
             gradients, _ = clip_grad_norm(gradients, config.max_grad_norm)
         self._optimizer.learning_rate = rate
         weights = self._optimizer.apply_gradients(gradients, adapter.weights(self.model))
+        weights = self.ranks.arrays_of_first(weights)
         self.model.load_weights(list(weights.items()), strict=False)
         mx.eval(weights, self._optimizer.state)
         progress.step = step
@@ -284,12 +310,12 @@ class Trainer:
         return self._report(rate) if step % config.steps_per_report == 0 or step == config.steps else None
 
     def _gradients(self, rows: Sequence[TokenRow]) -> tuple[dict[str, mx.array], Sums]:
-        """The gradients of the mean loss over the rows' trained tokens, whatever the micro-batches."""
-        size = self.config.batch_size
-        batches = [collate(rows[i : i + size], self.prefix) for i in range(0, len(rows), size)]
-        tokens = sum(batch.trained_tokens for batch in batches)
+        """The gradients of the mean loss over the rows' trained tokens, whatever the micro-batches and the ranks."""
+        own, size = self._own(rows), self._rows_at_a_time
+        batches = [collate(own[i : i + size], self.prefix) for i in range(0, len(own), size)]
+        tokens = sum(int(np.count_nonzero(row.loss_mask[1:])) for row in rows)
         total: dict[str, mx.array] = {}
-        done = Sums(updates=1, rows=len(rows))
+        done = Sums(updates=1, rows=len(own))
         for batch in batches:
             loss_sum, tree = self._value_and_grad(self.model, batch)
             gradients = {name: gradient / tokens for name, gradient in tree_flatten(tree)}
@@ -300,7 +326,13 @@ class Trainer:
             done.trained_tokens += batch.trained_tokens
             done.real_tokens += batch.real_tokens
             done.padded_tokens += batch.padded_tokens
-        return total, done
+        # A rank without rows in this update takes part in the sum all the same.
+        total = total or {name: mx.zeros_like(array) for name, array in adapter.weights(self.model).items()}
+        return self.ranks.sum_arrays(total), done.over(self.ranks)
+
+    def _own(self, rows: Sequence[TokenRow]) -> list[TokenRow]:
+        """This rank's share."""
+        return [rows[i] for i in self.ranks.deal([len(row.input_ids) for row in rows])]
 
     def _rows(self, step: int) -> list[TokenRow]:
         """The rows of update number `step`, counted from 1."""
@@ -319,10 +351,17 @@ class Trainer:
         self.progress.since_report = Sums()
         return report
 
+    def _valid_batches(self) -> Iterator[Batch]:
+        """This rank's rows to validate on, the same each time, by length."""
+        lengths = [len(row.input_ids) for row in self._valid]
+        for part in sorted_batches(lengths, batch_size=self._rows_at_a_time):
+            yield collate([self._valid[i] for i in part], self.prefix)
+
     def _validate(self) -> Validation:
         self.model.eval()
-        score = [score_batch(self.model, collate(rows, self.prefix)) for rows in self._valid]
-        validation = Validation(self.progress.step, sum(score[1:], score[0]).loss)
+        own = sum((score_batch(self.model, batch) for batch in self._valid_batches()), NOTHING)
+        loss_sum, tokens = self.ranks.sum([own.loss_sum, own.tokens])
+        validation = Validation(self.progress.step, loss_sum / tokens)
         if not math.isfinite(validation.loss):
             raise ValueError(f"the validation loss is {validation.loss} after step {validation.step}")
         progress, patience = self.progress, self.config.patience
@@ -335,12 +374,7 @@ class Trainer:
         return validation
 
 
-def _dropout_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64).item())
-
-
-def validation_rows(rows: Sequence[TokenRow], *, batch_size: int, val_batches: int) -> list[list[TokenRow]]:
-    """The fixed batches to validate on: the first `val_batches` times `batch_size` rows, or all."""
-    chosen = rows if val_batches < 0 else rows[: val_batches * batch_size]
-    lengths = [len(row.input_ids) for row in chosen]
-    return [[chosen[i] for i in part] for part in sorted_batches(lengths, batch_size=batch_size)]
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
+    # Rank 0's is that of a process alone.
+    entropy = [seed, step, rank] if rank else [seed, step]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64).item())

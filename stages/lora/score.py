@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from stages.lora.batches import Batch, collate, sorted_batches
+from stages.lora.distributed import Ranks
 from stages.lora.loss import narrow_head, trained_logits
 from stages.lora.prefix import FrozenPrefix
 from stages.text.tokens import TokenRow
@@ -52,6 +53,9 @@ class Score:
         return self.correct / self.tokens
 
 
+NOTHING = Score(0.0, 0, 0, 0)
+
+
 def score_batch(model: nn.Module, batch: Batch) -> Score:
     """The sums of a whole batch, without its bytes."""
     losses_N, correct_N = _score_tokens(model, batch)
@@ -75,6 +79,13 @@ def score_rows(
                     float(losses_N[mine].sum()), int(correct_N[mine].sum()), int(mine.sum()), rows[index].trained_bytes
                 ),
             )
+
+
+def gather_scores(scored: Mapping[int, Score], *, rows: int, ranks: Ranks) -> list[Score]:
+    """Every row's score on every rank, from what each rank scored, by the row's index."""
+    own_Rx4 = [astuple(scored.get(index, NOTHING)) for index in range(rows)]
+    sums = ranks.sum([value for score in own_Rx4 for value in score])
+    return [Score(sums[i], *map(int, sums[i + 1 : i + 4])) for i in range(0, len(sums), 4)]
 
 
 def _score_tokens(model: nn.Module, batch: Batch) -> tuple[np.ndarray, np.ndarray]:

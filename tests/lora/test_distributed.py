@@ -103,7 +103,7 @@ def test_a_rank_has_its_part_of_a_batch_in_memory_at_a_time(tiny_llama: Path, ro
     trainer = Trainer(
         model, rows, rows, TrainConfig(**OPTIONS | {"batch_size": 5, "val_batches": -1}), ranks=Apart(1, 2)
     )
-    assert max(batch.inputs_BxL.shape[0] for batch in trainer._valid) == 3
+    assert max(batch.inputs_BxL.shape[0] for batch in trainer._valid_batches()) == 3
 
 
 def test_dropout_follows_from_seed_step_and_rank(tiny_llama: Path, rows: list[TokenRow]) -> None:

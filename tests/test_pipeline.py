@@ -293,5 +293,9 @@ def test_epochs_count_passes_over_the_rows(project: Path) -> None:
 def test_timing_is_written_apart_from_the_metrics(project: Path) -> None:
     run(fetch, prepare, tokenize, train)
     timing = read("artifacts/timing/train.json")
-    assert timing["tokens_per_second"] > 0 and timing["seconds"] > timing["seconds_to_first_event"] > 0
-    assert timing["peak_memory_bytes"] > 0
+    assert timing["seconds"] > timing["seconds_to_first_update"] > 0
+    assert timing["tokens_per_second"] > 0 and len(timing["tokens_per_second_by_epoch"]) == 1
+    assert timing["peak_memory_bytes"] > 50e6  # Python and MLX alone take as much
+    assert timing["padded_share"] == read("artifacts/metrics/train.json")["padded_share"]
+    train(overrides=["train.iters=null", "train.epochs=3"])
+    assert len(read("artifacts/timing/train.json")["tokens_per_second_by_epoch"]) == 3

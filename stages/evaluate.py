@@ -28,7 +28,7 @@ def evaluate(
     overrides: console.Overrides = None,
 ) -> None:
     """Loss, perplexity, bits per byte and token accuracy of base and adapter on every row of the test split."""
-    from stages.lora import adapter
+    from stages.lora import adapter, cpu
     from stages.lora.model import load_base
     from stages.text.parquet import read_tokens
 
@@ -44,6 +44,8 @@ def evaluate(
         model, _ = load_base(
             base.locate(manifest), dtype=settings.model.dtype, trust_remote_code=settings.model.trust_remote_code
         )
+    if settings.model.cpu_kernels and (reason := cpu.install(model, rows)):
+        console.warn(reason)
     scores = {"base": _score(model, rows, settings.evaluate.batch_size, "base")}
     adapter.load(model, adapter_dir)
     scores["adapter"] = _score(model, rows, settings.evaluate.batch_size, "adapter")

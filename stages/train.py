@@ -37,7 +37,7 @@ def train(
     Its state is saved as it goes, under `artifacts/checkpoints`. Interrupted at any moment, by whatever, the same
     command goes on and ends in the same bytes; with other parameters, rows or another base it starts afresh.
     """
-    from stages.lora import adapter, record
+    from stages.lora import adapter, cpu, record
     from stages.lora.checkpoint import Checkpoints, fingerprint
     from stages.lora.loop import Trainer
     from stages.text.parquet import read_tokens
@@ -49,9 +49,12 @@ def train(
     splits = {name: tokens / f"{name}.parquet" for name in ("train", "valid")}
     rows = {name: read_tokens(path, tokenizer=manifest.tokenizer_identity) for name, path in splits.items()}
     model, lora = _adapted_model(settings, manifest)
+    if settings.model.cpu_kernels and (reason := cpu.install(model, rows["train"])):
+        console.warn(reason)
     config = _config(settings, len(rows["train"]))
     run = fingerprint(
-        params=settings.model_dump(include={"seed", "lora", "train"}) | {"dtype": settings.model.dtype},
+        params=settings.model_dump(include={"seed", "lora", "train"})
+        | settings.model.model_dump(include={"dtype", "cpu_kernels"}),
         tokens={name: files.sha256(path) for name, path in splits.items()},
         base=manifest.identity,
         init_adapter=_digest(settings.train.init_adapter),

@@ -38,12 +38,13 @@ def normal(*shape: int, seed: int = 0) -> mx.array:
 def assert_close(fast: mx.array, plain: mx.array, tolerance: float = 1e-5) -> None:
     """Every number to within `tolerance` of the largest."""
     assert fast.shape == plain.shape and fast.dtype == plain.dtype
-    assert mx.abs(fast - plain).max().item() <= tolerance * mx.abs(plain).max().item()
+    assert np.abs(np.array(fast) - np.array(plain)).max() <= tolerance * np.abs(np.array(plain)).max()
 
 
 def assert_same(fast: Function, plain: Function, *inputs: mx.array) -> None:
     cotangent = normal(*plain(*inputs).shape, seed=9)
-    for ours, theirs in zip(mx.vjp(fast, inputs, [cotangent]), mx.vjp(plain, inputs, [cotangent]), strict=True):
+    ours_and_theirs = (mx.vjp(function, list(inputs), [cotangent]) for function in (fast, plain))
+    for ours, theirs in zip(*ours_and_theirs, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert_close(a, b)
 
@@ -133,8 +134,9 @@ def test_sinks_and_quantised_caches_are_left_to_mlx() -> None:
     assert mx.array_equal(ours, theirs)
     cache = QuantizedKVCache(group_size=32, bits=8)
     keys, values = cache.update_and_fetch(queries, queries)
-    ours = cpu.attention(queries, keys, values, cache, 0.5, None)
-    assert mx.array_equal(ours, scaled_dot_product_attention(queries, keys, values, cache, 0.5, None))
+    # mlx-lm scales the queries that it is given in place.
+    ours = cpu.attention(queries + 0, keys, values, cache, 0.5, None)
+    assert mx.array_equal(ours, scaled_dot_product_attention(queries + 0, keys, values, cache, 0.5, None))
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -188,6 +190,14 @@ def fast_modules(model: nn.Module) -> set[str]:
     return {type(module).__name__ for module in model.modules() if "plain_kind" in vars(type(module))}
 
 
+def adapted(directory: Path, name: str, kind: str = "lora") -> nn.Module:
+    """A model with an adapter that does something, and leaves attention as unsaturated as a trained one does."""
+    model, _ = attached(directory, name, kind)
+    model.load_weights([(key, 0.1 * array) for key, array in adapter.weights(model).items()], strict=False)
+    model.eval()
+    return model
+
+
 def loss_and_gradient(model: nn.Module, rows: list[TokenRow]) -> tuple[mx.array, mx.array]:
     loss, gradients = nn.value_and_grad(model, sum_loss)(model, collate(rows))
     return loss, mx.concatenate([gradient.flatten() for _, gradient in tree_flatten(gradients)])
@@ -204,8 +214,7 @@ def test_every_architecture_has_the_same_loss_and_gradient(
     base: tuple[str, Path], rows: list[TokenRow], kind: str, recompute: bool
 ) -> None:
     name, directory = base
-    model, _ = attached(directory, name, kind)
-    model.eval()
+    model = adapted(directory, name, kind)
     plain = loss_and_gradient(model, rows[5:9])
     assert cpu.install(model, rows) is None
     assert {"RMSNorm"} < fast_modules(model)
@@ -218,9 +227,7 @@ def test_every_architecture_has_the_same_loss_and_gradient(
 
 def test_other_models_and_the_model_afterwards_are_as_before(base: tuple[str, Path], rows: list[TokenRow]) -> None:
     name, directory = base
-    one, other = (attached(directory, name)[0] for _ in range(2))
-    one.eval()
-    other.eval()
+    one, other = (adapted(directory, name) for _ in range(2))
     before = loss_and_gradient(one, rows[5:9])
     assert cpu.install(one, rows) is None
     assert not fast_modules(other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,17 @@ from mlx_lm.models import activations
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import QuantizedKVCache
 
-from stages.lora import adapter, cpu
+from stages.evaluate import evaluate
+from stages.fetch import fetch
+from stages.lora import adapter, checkpoint, cpu
 from stages.lora.batches import collate
 from stages.lora.loss import sum_loss
 from stages.lora.memory import recompute_activations
 from stages.lora.model import load_base, on_cpu
+from stages.prepare import prepare
 from stages.text.tokens import TokenRow
+from stages.tokenize import tokenize
+from stages.train import train
 from tests.lora.test_adapter import fill
 from tests.lora.test_architectures import attached, configure
 from tests.tiny import CONFIGS, write_model
@@ -287,3 +293,63 @@ def test_dropout_does_not_look_like_a_difference(model: Any, rows: list[TokenRow
     adapter.attach(model, replace(configure(model, "llama"), dropout=0.5), seed=0)
     fill(model)
     assert cpu.install(model, rows) is None
+
+
+def test_no_rows_need_no_kernels(model: Any) -> None:
+    assert cpu.install(model, []) is None
+    assert not fast_modules(model)
+
+
+def adapter_and_scores() -> tuple[bytes, Any]:
+    return (
+        Path("artifacts/adapter/adapters.safetensors").read_bytes(),
+        json.loads(Path("artifacts/metrics/evaluate.json").read_text(encoding="utf-8")),
+    )
+
+
+def test_a_run_with_them_ends_where_one_without_them_does(project: Path) -> None:
+    for stage in (fetch, prepare, tokenize, train, evaluate):
+        stage()
+    weights, scores = adapter_and_scores()
+    for stage in (train, evaluate):
+        stage(overrides=["model.cpu_kernels=false"])
+    plain_weights, plain_scores = adapter_and_scores()
+    assert weights != plain_weights
+    for who in ("base", "adapter"):
+        assert scores[who]["loss"] == pytest.approx(plain_scores[who]["loss"], abs=1e-4)
+
+
+def test_evaluate_uses_them_only_when_told(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage in (fetch, prepare, tokenize, train):
+        stage()
+    seen: list[int] = []
+    monkeypatch.setattr(cpu, "install", lambda model, rows: seen.append(len(rows)))
+    evaluate(overrides=["model.cpu_kernels=false"])
+    assert seen == []
+    evaluate()
+    assert len(seen) == 1 and seen[0] > 0
+
+
+@pytest.mark.parametrize("stage", [train, evaluate])
+def test_the_user_hears_why_they_are_off(project: Path, capsys: pytest.CaptureFixture[str], stage: Any) -> None:
+    for earlier in (fetch, prepare, tokenize, train):
+        earlier()
+    capsys.readouterr()
+    stage(overrides=["model.dtype=bfloat16"])
+    assert "the fast CPU kernels are off: they need model.dtype float32" in capsys.readouterr().err
+
+
+def test_a_run_with_them_is_not_taken_up_without_them(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for stage in (fetch, prepare, tokenize):
+        stage()
+    runs: list[str] = []
+    whole = checkpoint.fingerprint
+
+    def fingerprint(**parts: Any) -> str:
+        runs.append(whole(**parts))
+        return runs[-1]
+
+    monkeypatch.setattr(checkpoint, "fingerprint", fingerprint)
+    train()
+    train(overrides=["model.cpu_kernels=false"])
+    assert runs[0] != runs[1]

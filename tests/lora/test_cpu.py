@@ -295,6 +295,20 @@ def test_dropout_does_not_look_like_a_difference(model: Any, rows: list[TokenRow
     assert cpu.install(model, rows) is None
 
 
+def swiglu(x: mx.array, gate: mx.array) -> mx.array:
+    """One of a model's own, which takes its arguments the other way round."""
+    return activations.swiglu(gate, x)
+
+
+class OwnSwiGLU(nn.Module):
+    def __call__(self, x: mx.array) -> mx.array:
+        return swiglu(x, 2 * x)
+
+
+def test_a_function_of_the_same_name_is_another_function() -> None:
+    assert cpu._fast_kind(OwnSwiGLU) is None
+
+
 def test_no_rows_need_no_kernels(model: Any) -> None:
     assert cpu.install(model, []) is None
     assert not fast_modules(model)

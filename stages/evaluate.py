@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stages import base, console, files, frozen, params
+from stages import base, console, files, params, shortcuts
 
 if TYPE_CHECKING:
     from stages.lora.distributed import Ranks
@@ -63,11 +63,11 @@ def evaluate(
         )
     size = settings.evaluate.batch_size
     with _adapter_of_first(adapter_dir, ranks) as folder:
-        prefix = frozen.prefix(model, adapter.saved_names(folder), rows, settings=settings, manifest=manifest)
+        prefix = shortcuts.take(model, adapter.saved_names(folder), rows, settings=settings, manifest=manifest)
         scores = {"base": _score(model, rows, size, "base", ranks, prefix)}
         adapter.load(model, folder)
     scores["adapter"] = _score(model, rows, size, "adapter", ranks, prefix)
-    frozen.close(prefix)
+    shortcuts.close(prefix)
     if ranks.rank:
         return
 

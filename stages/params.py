@@ -32,6 +32,7 @@ class Model(Section):
     revision: Annotated[str, Field(min_length=1)] | None
     dtype: Literal["auto", "float32", "float16", "bfloat16"]
     trust_remote_code: bool
+    cpu_kernels: bool
 
 
 class Prepare(Section):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stages import base, console, files, frozen, params, resume
+from stages import base, console, files, params, resume, shortcuts
 from stages.clock import Clock, peak_memory
 
 if TYPE_CHECKING:
@@ -55,13 +55,14 @@ def train(
     splits = {name: tokens / f"{name}.parquet" for name in ("train", "valid")}
     rows = {name: read_tokens(path, tokenizer=manifest.tokenizer_identity) for name, path in splits.items()}
     model, lora = _adapted_model(settings, manifest)
-    prefix = frozen.prefix(
+    prefix = shortcuts.take(
         model, adapter.weights(model), rows["train"] + rows["valid"], settings=settings, manifest=manifest
     )
     config = _config(settings, len(rows["train"]), ranks.size)
     run = fingerprint(
         ranks,
-        params=settings.model_dump(include={"seed", "lora", "train"}) | {"dtype": settings.model.dtype},
+        params=settings.model_dump(include={"seed", "lora", "train"})
+        | settings.model.model_dump(include={"dtype", "cpu_kernels"}),
         tokens={name: files.sha256(path) for name, path in splits.items()},
         base=manifest.identity,
         init_adapter=_digest(settings.train.init_adapter),
@@ -78,7 +79,7 @@ def train(
                 steps_per_save=settings.runtime.steps_per_save,
                 report=lambda event: _report(event, clock.rate(trainer), advance),
             )
-        frozen.close(prefix)
+        shortcuts.close(prefix)
         if ranks.rank:
             return
         trainer.finish()

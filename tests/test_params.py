@@ -63,6 +63,7 @@ def test_scientific_notation_is_a_number(file: Path) -> None:
         ("train.batch_size=0", "--set train.batch_size=0: must be greater than or equal to 1, not 0"),
         ("train.batch_size=2.5", "--set train.batch_size=2.5: must be a valid integer, not 2.5"),
         ("train.batch_size='4'", "--set train.batch_size='4': must be a valid integer, not '4'"),
+        ("model.cpu_kernels=1", "--set model.cpu_kernels=1: must be a valid boolean, not 1"),
         ("lora.targets=[]", "--set lora.targets=[]: list should have at least 1 item after validation, not 0"),
         ("lora.type=dara", "--set lora.type=dara: must be 'lora' or 'dora', not 'dara'"),
         ("lroa.rank=8", "--set lroa.rank=8: there is no section 'lroa'; did you mean 'lora'?"),

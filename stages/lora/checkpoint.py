@@ -27,7 +27,7 @@ from stages.lora.loop import Snapshot
 KEPT = 2
 _ARRAYS, _PROGRESS, _SUMS = "arrays.safetensors", "progress.json", "SHA256SUMS"
 # The code that shapes a run: with another, a checkpoint is another run's.
-_CODE = ("train.py", "frozen.py", "lora", "text/tokens.py", "text/parquet.py")
+_CODE = ("train.py", "shortcuts.py", "lora", "text/tokens.py", "text/parquet.py")
 
 
 class BusyError(Exception):

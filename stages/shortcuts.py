@@ -1,4 +1,7 @@
-"""The frozen prefix of a run and its cache: whether states are kept on this machine, said in one line."""
+"""What a run may leave out: the CPU's slow functions, and the frozen layers of rows whose states are known.
+
+Each is checked against the plain way before it is taken; what was found is said in a line.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
     from stages.text.tokens import TokenRow
 
 # The code that states come from: with another they may be others.
-_CODE = ("frozen.py", "lora/model.py", "lora/phi3.py", "lora/prefix.py", "lora/state_cache.py")
+_CODE = ("shortcuts.py", "lora/cpu.py", "lora/model.py", "lora/phi3.py", "lora/prefix.py", "lora/state_cache.py")
 
 
 def cache_root() -> Path:
@@ -25,21 +28,24 @@ def cache_root() -> Path:
     return Path(os.environ.get("DVC_ROOT", ".")) / "artifacts" / "cache"
 
 
-def prefix(
+def take(
     model: Any, adapted: Iterable[str], rows: Sequence[TokenRow], *, settings: params.Params, manifest: base.Base
 ) -> FrozenPrefix | None:
-    """The layers below the `adapted` modules, to be skipped for `rows`; None where there are none or they cannot be.
+    """Install the CPU kernels, and give the prefix below the `adapted` modules; None where none can be skipped.
 
-    The states are the same bits whether they are kept or computed anew each time: the disk shapes no result.
+    The prefix puts out the same bits whether they are kept or computed anew each time: the disk shapes no result.
     """
+    from stages.lora import cpu
     from stages.lora.adapter import frozen_layers
     from stages.lora.prefix import FrozenPrefix
 
     count = len(model.layers)
     layers = frozen_layers(adapted, count)
+    if settings.model.cpu_kernels and (why_not := cpu.install(model, rows, frozen=layers)):
+        console.warn(why_not)
     if settings.train.cache_frozen == "off" or layers == 0:
         return None
-    folder = cache_root() / _fingerprint(model, layers, manifest)
+    folder = cache_root() / _fingerprint(model, layers, settings, manifest)
     found = FrozenPrefix(model, layers)
     found.cache, reason = _cache(folder, rows, model, settings)
     if (found.cache is None or not found.cache.verified) and (mismatch := _checked(found, rows[:2])):
@@ -111,7 +117,7 @@ def _bytes_a_token(model: Any) -> int:
     return hidden_size(model) * floating_dtype(model).size
 
 
-def _fingerprint(model: Any, layers: int, manifest: base.Base) -> str:
+def _fingerprint(model: Any, layers: int, settings: params.Params, manifest: base.Base) -> str:
     """What the states of a row follow from besides its tokens."""
     import mlx.core as mx
 
@@ -125,6 +131,7 @@ def _fingerprint(model: Any, layers: int, manifest: base.Base) -> str:
             "dtype": str(floating_dtype(model)),
             "device": str(mx.default_device()),
             "blas": blas.loaded(),
+            "cpu_kernels": settings.model.cpu_kernels,
             "versions": [importlib.metadata.version(name) for name in ("mlx", "mlx-lm")],
             "code": {name: files.sha256(here / name) for name in _CODE},
         }

@@ -128,6 +128,7 @@ class Train(Section):
     final_learning_rate: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)] | None
     grad_checkpoint: bool
+    fused_loss: bool
     steps_per_report: Positive
     steps_per_eval: Positive
     val_batches: Annotated[int, Field(ge=-1)]

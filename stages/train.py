@@ -57,8 +57,11 @@ def train(
         init_adapter=_digest(settings.train.init_adapter),
     )
     checkpoints = Checkpoints(resume.checkpoint_root(), run)
-    trainer = Trainer(model, rows["train"], rows["valid"], config)
-    _tell_memory(model, rows["train"], config)
+    with console.progress("checking the fast path"):
+        trainer = Trainer(model, rows["train"], rows["valid"], config)
+    for note in trainer.notes:
+        console.say(note)
+    _tell_memory(trainer)
     clock = _Clock(started)
     with resume.lock(checkpoints):
         with console.progress("training", total=config.steps) as advance:
@@ -121,12 +124,14 @@ def _config(settings: params.Params, rows: int) -> TrainConfig:
     return config
 
 
-def _tell_memory(model: Any, rows: Any, config: TrainConfig) -> None:
+def _tell_memory(trainer: Trainer) -> None:
     """What the run will take of the memory there is, and what would help if it seems too much."""
     from stages.lora import memory
 
-    size, recompute = config.batch_size, config.grad_checkpoint
-    needed = memory.estimate(model, rows, batch_size=size, grad_checkpoint=recompute)
+    size, recompute = trainer.config.batch_size, trainer.config.grad_checkpoint
+    needed = memory.estimate(
+        trainer.model, trainer.train, batch_size=size, grad_checkpoint=recompute, fused_loss=trainer.is_fused
+    )
     if advice := memory.advice(needed, batch_size=size, grad_checkpoint=recompute):
         console.warn(advice)
     else:

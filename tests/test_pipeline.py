@@ -295,3 +295,19 @@ def test_timing_is_written_apart_from_the_metrics(project: Path) -> None:
     timing = read("artifacts/timing/train.json")
     assert timing["tokens_per_second"] > 0 and timing["seconds"] > timing["seconds_to_first_event"] > 0
     assert timing["peak_memory_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], False),
+        (["lora.targets=[embed_tokens]"], True),
+        (["lora.targets=[embed_tokens]", "train.fused_loss=false"], False),
+    ],
+)
+def test_train_says_what_keeps_the_fused_loss_away(
+    project: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: bool
+) -> None:
+    run(fetch, prepare, tokenize)
+    train(overrides=["train.iters=1", *overrides])
+    assert ("train.fused_loss is not used: the head itself is trained" in capsys.readouterr().out) == said

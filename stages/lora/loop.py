@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -19,7 +20,8 @@ from mlx.utils import tree_flatten
 
 from stages.lora import adapter
 from stages.lora.batches import Batch, collate, epoch_batches, sorted_batches
-from stages.lora.loss import narrow_head, sum_loss
+from stages.lora.head import narrow_head
+from stages.lora.loss import Loss, fused_sum_loss, sum_loss, why_not_fused
 from stages.lora.memory import recompute_activations
 from stages.lora.optimizer import (
     OptimizerName,
@@ -30,6 +32,7 @@ from stages.lora.optimizer import (
     restore_state,
 )
 from stages.lora.score import score_batch
+from stages.lora.verify import check_batch, disagreement
 from stages.text.tokens import TokenRow
 
 
@@ -50,6 +53,7 @@ class TrainConfig:
     final_learning_rate: float = 0.0
     max_grad_norm: float | None = None
     grad_checkpoint: bool = False
+    fused_loss: bool = True
     steps_per_report: int = 1
     steps_per_eval: int = 100
     val_batches: int = -1
@@ -154,6 +158,8 @@ def updates_per_epoch(rows: int, *, rows_per_update: int) -> int:
 class Trainer:
     """One run: a frozen model with a trainable adapter, its rows, its optimizer, its progress.
 
+    `notes` says in one line each what was to make it faster and is not used, and why.
+
     Raises:
         ValueError: there are no rows to train on, or none to validate on although something depends on it.
     """
@@ -167,6 +173,7 @@ class Trainer:
             raise ValueError(f"row {mute[0].id} ({mute[0].source}) has no token to train on")
         self.model, self.train, self.config = model, train, config
         self.progress = Progress()
+        self.notes: list[str] = []
         self._lengths = [len(row.input_ids) for row in train]
         self._per_epoch = updates_per_epoch(len(train), rows_per_update=config.rows_per_update)
         self._valid = validation_batches(valid, batch_size=config.batch_size, val_batches=config.val_batches)
@@ -177,10 +184,17 @@ class Trainer:
         self._best: dict[str, mx.array] = {}
         self._optimizer = make_optimizer(config.optimizer, betas=config.betas, weight_decay=config.weight_decay)
         self._order: tuple[int, list[np.ndarray]] = (-1, [])
+        model.eval()  # what is checked here draws no random numbers
         narrow_head(model)
         if config.grad_checkpoint:
             recompute_activations(model)
-        self._value_and_grad = nn.value_and_grad(model, sum_loss)
+        self._loss = self._choose_loss()
+        self._value_and_grad = nn.value_and_grad(model, self._loss)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the loss is taken in the fused form."""
+        return self._loss is fused_sum_loss
 
     @property
     def done(self) -> bool:
@@ -226,6 +240,18 @@ class Trainer:
         restore_state(self._optimizer, parts["optimizer"])
         self._best = parts["best"]
         self.progress = Progress.from_dict(snapshot.progress)
+
+    def _choose_loss(self) -> Loss:
+        """The fused loss if it is wanted and gives what the plain one gives."""
+        if not self.config.fused_loss:
+            return sum_loss
+        batch = check_batch(self.train)
+        in_two_chunks = partial(fused_sum_loss, chunk_rows=-(-batch.trained_tokens // 2))
+        reason = why_not_fused(self.model) or disagreement(self.model, sum_loss, in_two_chunks, batch)
+        if reason is None:
+            return fused_sum_loss
+        self.notes.append(f"train.fused_loss is not used: {reason}")
+        return sum_loss
 
     def _update(self) -> Report | None:
         """One optimizer update over the next rows; a report if one is due."""

@@ -12,8 +12,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from stages.lora import adapter
+from stages.lora.loss import chunk_length
 from stages.lora.targets import LINEAR, SWITCH
 from stages.text.tokens import TokenRow
+
+# MLX allocates up to ten operations ahead of the one that it computes.
+_CHUNK_COPIES = 13
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,19 @@ class Estimate:
 
 
 def estimate(
-    model: nn.Module, rows: Sequence[TokenRow], *, batch_size: int, grad_checkpoint: bool, moments: int = 2
+    model: nn.Module,
+    rows: Sequence[TokenRow],
+    *,
+    batch_size: int,
+    grad_checkpoint: bool,
+    fused_loss: bool,
+    moments: int = 2,
 ) -> Estimate:
     """What a run needs, for a model with its adapter attached.
 
     Activations: each linear module's input and output in the layers that gradients pass through, and the attention
     scores; with `grad_checkpoint`, one layer's worth and each layer's input. Head: logits and their gradient in
-    float32, for all trained positions of the widest batch.
+    float32, for all trained positions of the widest batch, or with `fused_loss` for a chunk of them.
     """
     parameters = tree_flatten(model.parameters())
     trainable = adapter.weights(model)
@@ -51,6 +61,11 @@ def estimate(
     tokens = length * len(longest)
     trained = sum(sorted((int(row.loss_mask.sum()) for row in rows), reverse=True)[:batch_size])
 
+    vocabulary = _vocabulary(model)
+    head = 3 * 4 * trained * vocabulary
+    if fused_loss and vocabulary:
+        head = min(head, _CHUNK_COPIES * 4 * chunk_length(vocabulary) * vocabulary)
+
     first = _first_adapted_layer(model)
     layers = model.layers[first:]
     experts = int(getattr(getattr(model, "args", None), "num_experts_per_tok", 1) or 1)
@@ -62,7 +77,7 @@ def estimate(
         weights=weights,
         adapter=adapter_bytes * (2 + moments),
         activations=kept,
-        head=trained * _vocabulary(model) * 4 * 3,
+        head=head,
         available=available_memory(),
     )
 

@@ -23,7 +23,7 @@ def adapted(model: Any) -> Any:
 
 
 def estimated(model: Any, rows: list[TokenRow], **changes: Any) -> memory.Estimate:
-    return memory.estimate(model, rows, **({"batch_size": 4, "grad_checkpoint": False} | changes))
+    return memory.estimate(model, rows, **({"batch_size": 4, "grad_checkpoint": False, "fused_loss": False} | changes))
 
 
 def test_weights_are_counted_to_the_byte(adapted: Any, rows: list[TokenRow]) -> None:
@@ -62,6 +62,15 @@ def test_the_head_grows_with_trained_tokens_and_vocabulary(tmp_path: Path, rows:
         adapter.attach(model, config(), seed=0)
         heads.append(estimated(model, rows).head)
     assert heads[1] == 2 * heads[0] > 0
+
+
+def test_the_fused_head_is_a_chunk_at_most(
+    adapted: Any, rows: list[TokenRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = estimated(adapted, rows)
+    assert estimated(adapted, rows, fused_loss=True).head == few.head
+    monkeypatch.setattr(memory, "chunk_length", lambda vocabulary: 2)
+    assert estimated(adapted, rows, fused_loss=True).head == 13 * 2 * 258 * 4 < few.head
 
 
 def test_what_fits_needs_no_advice(adapted: Any, rows: list[TokenRow]) -> None:

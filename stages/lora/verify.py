@@ -1,0 +1,65 @@
+"""A faster form of the training step against the plain one: the same loss and gradients, or a reason not to use it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from stages.lora.batches import Batch, collate
+from stages.lora.loss import Loss
+from stages.lora.model import floating_dtype
+from stages.text.tokens import TokenRow
+
+# Largest share by which the loss may differ, and the gradients: the norm of their difference against their norm.
+# Float32 rounds each sum to some 1e-6, halves to 1e-2 and less.
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
+HALF_LOSS_TOLERANCE, HALF_GRADIENT_TOLERANCE = 1e-2, 5e-2
+
+# A second's work for a small model on a CPU.
+_ROWS, _TOKENS = 2, 32
+
+
+def check_batch(rows: Sequence[TokenRow]) -> Batch:
+    """The first rows up to their last trained token, the start of long ones left out."""
+    return collate([_excerpt(row) for row in rows[:_ROWS]])
+
+
+def _excerpt(row: TokenRow) -> TokenRow:
+    end = int(row.loss_mask.nonzero()[0][-1]) + 1
+    part = slice(max(end - _TOKENS, 0), end)
+    return replace(row, input_ids=row.input_ids[part], loss_mask=row.loss_mask[part])
+
+
+def disagreement(model: nn.Module, plain: Loss, fast: Loss, batch: Batch) -> str | None:
+    """Why `fast` cannot stand for `plain` on this batch; None if it can. The model is in evaluation mode."""
+    wanted_loss, wanted = _loss_and_gradients(model, plain, batch)
+    try:
+        loss, gradients = _loss_and_gradients(model, fast, batch)
+    except Exception as error:  # whatever an unknown model trips over
+        return f"it fails ({type(error).__name__}: {error})".splitlines()[0]
+    is_full = floating_dtype(model) == mx.float32
+    loss_share = abs(loss - wanted_loss) / max(abs(wanted_loss), 1e-9)
+    if not loss_share <= (LOSS_TOLERANCE if is_full else HALF_LOSS_TOLERANCE):
+        return f"its loss is {loss:.6g} and should be {wanted_loss:.6g}"
+    gradient_share = _norm([gradients[name] - array for name, array in wanted.items()]) / max(
+        _norm(list(wanted.values())), 1e-9
+    )
+    if not gradient_share <= (GRADIENT_TOLERANCE if is_full else HALF_GRADIENT_TOLERANCE):
+        return f"its gradients differ by {gradient_share:.2%}"
+    return None
+
+
+def _loss_and_gradients(model: nn.Module, loss: Loss, batch: Batch) -> tuple[float, dict[str, mx.array]]:
+    value, tree = nn.value_and_grad(model, loss)(model, batch)
+    gradients = {name: gradient.astype(mx.float32) for name, gradient in tree_flatten(tree)}
+    mx.eval(value, gradients)
+    return value.item(), gradients
+
+
+def _norm(arrays: list[mx.array]) -> float:
+    return math.sqrt(sum(float(mx.square(array).sum()) for array in arrays))

@@ -16,6 +16,7 @@ from stages import base, console, files, params, resume
 if TYPE_CHECKING:
     from stages.lora.adapter import LoraConfig
     from stages.lora.loop import Event, TrainConfig, Trainer
+    from stages.text.tokens import TokenRow
 
 
 def train(
@@ -49,7 +50,7 @@ def train(
     splits = {name: tokens / f"{name}.parquet" for name in ("train", "valid")}
     rows = {name: read_tokens(path, tokenizer=manifest.tokenizer_identity) for name, path in splits.items()}
     model, lora = _adapted_model(settings, manifest)
-    config = _config(settings, len(rows["train"]))
+    config = _config(settings, rows["train"])
     run = fingerprint(
         params=settings.model_dump(include={"seed", "lora", "train"}) | {"dtype": settings.model.dtype},
         tokens={name: files.sha256(path) for name, path in splits.items()},
@@ -112,27 +113,35 @@ def _digest(init_adapter: str | None) -> str | None:
     return None if init_adapter is None else files.sha256(Path(init_adapter) / WEIGHTS_FILE)
 
 
-def _config(settings: params.Params, rows: int) -> TrainConfig:
-    from stages.lora.loop import TrainConfig, updates_per_epoch
+def _config(settings: params.Params, rows: list[TokenRow]) -> TrainConfig:
+    from stages.lora.batches import Updates
+    from stages.lora.loop import TrainConfig
 
     options = settings.train.model_dump(exclude={"epochs", "iters", "init_adapter"})
     options["betas"] = tuple(options["betas"])
-    per_epoch = updates_per_epoch(rows, rows_per_update=options["batch_size"] * options["grad_accumulation"])
-    steps = settings.train.iters or (settings.train.epochs or 0) * per_epoch
-    config = TrainConfig(steps=steps, seed=settings.seed, **options)
-    console.say(f"{rows:,} rows, {steps:,} updates of {config.rows_per_update} rows, {per_epoch:,} an epoch")
-    return config
+    sizes = {name: options[name] for name in ("batch_size", "batch_tokens", "grad_accumulation")}
+    updates = Updates([len(row.input_ids) for row in rows], seed=settings.seed, **sizes)
+    steps = settings.train.iters or updates.in_epochs(settings.train.epochs or 0)
+    size, unit = (sizes["batch_size"], "rows") if sizes["batch_size"] else (sizes["batch_tokens"], "tokens at most")
+    console.say(
+        f"{len(rows):,} rows, {steps:,} updates of {size * sizes['grad_accumulation']:,} {unit}, "
+        f"{updates.in_epochs(1):,} an epoch"
+    )
+    return TrainConfig(steps=steps, seed=settings.seed, **options)
 
 
 def _tell_memory(trainer: Trainer) -> None:
     """What the run will take of the memory there is, and what would help if it seems too much."""
     from stages.lora import memory
 
-    size, recompute = trainer.config.batch_size, trainer.config.grad_checkpoint
-    needed = memory.estimate(
-        trainer.model, trainer.train, batch_size=size, grad_checkpoint=recompute, fused_loss=trainer.is_fused
-    )
-    if advice := memory.advice(needed, batch_size=size, grad_checkpoint=recompute):
+    config = trainer.config
+    options: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "batch_tokens": config.batch_tokens,
+        "grad_checkpoint": config.grad_checkpoint,
+    }
+    needed = memory.estimate(trainer.model, trainer.train, **options, fused_loss=trainer.is_fused)
+    if advice := memory.advice(needed, **options):
         console.warn(advice)
     else:
         console.say(f"about {needed.total / 2**30:.1f} of {needed.available / 2**30:.1f} GiB of memory needed")

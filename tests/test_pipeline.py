@@ -311,3 +311,12 @@ def test_train_says_what_keeps_the_fused_loss_away(
     run(fetch, prepare, tokenize)
     train(overrides=["train.iters=1", *overrides])
     assert ("train.fused_loss is not used: the head itself is trained" in capsys.readouterr().out) == said
+
+
+def test_epochs_of_batches_by_tokens_see_every_row(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(fetch, prepare, tokenize)
+    train(overrides=["train.iters=null", "train.epochs=2", "train.batch_size=null", "train.batch_tokens=300"])
+    figures = read("artifacts/metrics/train.json")
+    assert figures["epochs"] == 2
+    assert f" {figures['steps']} updates of 300 tokens at most, " in capsys.readouterr().out
+    assert figures["trained_tokens"] == 2 * read("artifacts/metrics/tokenize.json")["train"]["trained_tokens"]

@@ -19,7 +19,7 @@ from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten
 
 from stages.lora import adapter
-from stages.lora.batches import Batch, collate, epoch_batches, sorted_batches
+from stages.lora.batches import Batch, Updates, collate, sorted_batches, split
 from stages.lora.head import narrow_head
 from stages.lora.loss import Loss, fused_sum_loss, sum_loss, why_not_fused
 from stages.lora.memory import recompute_activations
@@ -38,12 +38,16 @@ from stages.text.tokens import TokenRow
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """All that shapes a run besides model and rows. An update sees `batch_size * grad_accumulation` rows."""
+    """All that shapes a run besides model and rows.
+
+    An update sees `grad_accumulation` batches, of `batch_size` rows each or of as many as fit `batch_tokens`.
+    """
 
     steps: int
-    batch_size: int
     learning_rate: float
     seed: int
+    batch_size: int | None = None
+    batch_tokens: int | None = None
     grad_accumulation: int = 1
     optimizer: OptimizerName = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -59,10 +63,6 @@ class TrainConfig:
     val_batches: int = -1
     keep: Literal["best", "last"] = "last"
     patience: int | None = None
-
-    @property
-    def rows_per_update(self) -> int:
-        return self.batch_size * self.grad_accumulation
 
 
 @dataclass
@@ -150,11 +150,6 @@ class Event:
     validation: Validation | None
 
 
-def updates_per_epoch(rows: int, *, rows_per_update: int) -> int:
-    """Updates that see each row once; the last of them may see fewer rows."""
-    return math.ceil(rows / rows_per_update)
-
-
 class Trainer:
     """One run: a frozen model with a trainable adapter, its rows, its optimizer, its progress.
 
@@ -174,16 +169,20 @@ class Trainer:
         self.model, self.train, self.config = model, train, config
         self.progress = Progress()
         self.notes: list[str] = []
-        self._lengths = [len(row.input_ids) for row in train]
-        self._per_epoch = updates_per_epoch(len(train), rows_per_update=config.rows_per_update)
-        self._valid = validation_batches(valid, batch_size=config.batch_size, val_batches=config.val_batches)
+        self._updates = Updates(
+            [len(row.input_ids) for row in train],
+            batch_size=config.batch_size,
+            batch_tokens=config.batch_tokens,
+            grad_accumulation=config.grad_accumulation,
+            seed=config.seed,
+        )
+        self._valid = validation_batches(valid, config)
         if not self._valid and (config.keep == "best" or config.patience is not None):
             raise ValueError(
                 "train.keep: best and train.patience need validation rows (train.val_batches, valid split)"
             )
         self._best: dict[str, mx.array] = {}
         self._optimizer = make_optimizer(config.optimizer, betas=config.betas, weight_decay=config.weight_decay)
-        self._order: tuple[int, list[np.ndarray]] = (-1, [])
         model.eval()  # what is checked here draws no random numbers
         narrow_head(model)
         if config.grad_checkpoint:
@@ -291,8 +290,9 @@ class Trainer:
 
     def _gradients(self, rows: Sequence[TokenRow]) -> tuple[dict[str, mx.array], Sums]:
         """The gradients of the mean loss over the rows' trained tokens, whatever the micro-batches."""
-        size = self.config.batch_size
-        batches = [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        lengths = [len(row.input_ids) for row in rows]
+        parts = split(lengths, batch_size=self.config.batch_size, batch_tokens=self.config.batch_tokens)
+        batches = [collate(rows[part]) for part in parts]
         tokens = sum(batch.trained_tokens for batch in batches)
         total: dict[str, mx.array] = {}
         done = Sums(updates=1, rows=len(rows))
@@ -310,13 +310,7 @@ class Trainer:
 
     def _rows(self, step: int) -> list[TokenRow]:
         """The rows of update number `step`, counted from 1."""
-        epoch, index = divmod(step - 1, self._per_epoch)
-        if self._order[0] != epoch:
-            order = epoch_batches(
-                self._lengths, batch_size=self.config.rows_per_update, seed=self.config.seed, epoch=epoch
-            )
-            self._order = (epoch, order)
-        return [self.train[i] for i in self._order[1][index]]
+        return [self.train[i] for i in self._updates.rows(step)]
 
     def _report(self, rate: float) -> Report:
         since = self.progress.since_report
@@ -345,8 +339,10 @@ def _dropout_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64).item())
 
 
-def validation_batches(rows: Sequence[TokenRow], *, batch_size: int, val_batches: int) -> list[Batch]:
-    """The fixed batches to validate on: the first `val_batches` times `batch_size` rows, or all."""
-    chosen = rows if val_batches < 0 else rows[: val_batches * batch_size]
-    lengths = [len(row.input_ids) for row in chosen]
-    return [collate([chosen[i] for i in part]) for part in sorted_batches(lengths, batch_size=batch_size)]
+def validation_batches(rows: Sequence[TokenRow], config: TrainConfig) -> list[Batch]:
+    """The fixed batches to validate on: as many rows as `val_batches` hold, from the first, or all; then by length."""
+    size: dict[str, Any] = {"batch_size": config.batch_size, "batch_tokens": config.batch_tokens}
+    lengths = [len(row.input_ids) for row in rows]
+    if config.val_batches >= 0:
+        lengths = lengths[: sum(part.stop - part.start for part in split(lengths, **size)[: config.val_batches])]
+    return [collate([rows[i] for i in part]) for part in sorted_batches(lengths, **size)]

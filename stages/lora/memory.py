@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from stages.lora import adapter
+from stages.lora.batches import split
 from stages.lora.loss import chunk_length
 from stages.lora.targets import LINEAR, SWITCH
 from stages.text.tokens import TokenRow
@@ -39,7 +40,8 @@ def estimate(
     model: nn.Module,
     rows: Sequence[TokenRow],
     *,
-    batch_size: int,
+    batch_size: int | None,
+    batch_tokens: int | None,
     grad_checkpoint: bool,
     fused_loss: bool,
     moments: int = 2,
@@ -56,11 +58,13 @@ def estimate(
     weights = sum(array.nbytes for _, array in parameters) - adapter_bytes
     item = max((array.itemsize for _, array in parameters if mx.issubdtype(array.dtype, mx.floating)), default=4)
 
-    longest = sorted((len(row.input_ids) for row in rows), reverse=True)[:batch_size]
-    length = longest[0] if longest else 0
-    tokens = length * len(longest)
-    trained = sum(sorted((int(row.loss_mask.sum()) for row in rows), reverse=True)[:batch_size])
-
+    lengths = sorted((len(row.input_ids) for row in rows), reverse=True)
+    length = lengths[0] if lengths else 0
+    widest = split(lengths, batch_size=batch_size, batch_tokens=batch_tokens)[:1]
+    tokens = length * sum(part.stop for part in widest)
+    masks = sorted((int(row.loss_mask.sum()) for row in rows), reverse=True)
+    parts = split(masks, batch_size=batch_size, batch_tokens=batch_tokens)
+    trained = max((sum(masks[part]) for part in parts), default=0)
     vocabulary = _vocabulary(model)
     head = 3 * 4 * trained * vocabulary
     if fused_loss and vocabulary:
@@ -82,7 +86,7 @@ def estimate(
     )
 
 
-def advice(needed: Estimate, *, batch_size: int, grad_checkpoint: bool) -> str | None:
+def advice(needed: Estimate, *, batch_size: int | None, batch_tokens: int | None, grad_checkpoint: bool) -> str | None:
     """What would make a run fit that seems not to; None if it fits.
 
     Raises:
@@ -96,7 +100,9 @@ def advice(needed: Estimate, *, batch_size: int, grad_checkpoint: bool) -> str |
     if needed.total <= needed.available:
         return None
     ways = []
-    if batch_size > 1:
+    if batch_tokens is not None:
+        ways.append(f"train.batch_tokens below {batch_tokens} with train.grad_accumulation above 1")
+    elif batch_size is not None and batch_size > 1:
         ways.append(f"train.batch_size below {batch_size} with train.grad_accumulation above 1")
     if not grad_checkpoint:
         ways.append("train.grad_checkpoint: true")

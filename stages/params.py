@@ -130,6 +130,7 @@ class Train(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None
     grad_checkpoint: bool
     fused_loss: bool
+    compile: Literal["auto", "on", "off"]
     steps_per_report: Positive
     steps_per_eval: Positive
     val_batches: Annotated[int, Field(ge=-1)]

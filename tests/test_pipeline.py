@@ -320,3 +320,14 @@ def test_epochs_of_batches_by_tokens_see_every_row(project: Path, capsys: pytest
     assert figures["epochs"] == 2
     assert f" {figures['steps']} updates of 300 tokens at most, " in capsys.readouterr().out
     assert figures["trained_tokens"] == 2 * read("artifacts/metrics/tokenize.json")["train"]["trained_tokens"]
+
+
+@pytest.mark.parametrize(("wanted", "said"), [("on", True), ("auto", False), ("off", False)])
+def test_train_says_what_keeps_it_from_compiling(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wanted: str, said: bool
+) -> None:
+    run(fetch, prepare, tokenize)
+    monkeypatch.setattr("stages.lora.loop.why_not_compiled", lambda: "there is no compiler")
+    monkeypatch.setattr("stages.lora.loop.on_cpu", lambda: True)
+    train(overrides=["train.iters=1", f"train.compile={wanted}"])
+    assert ("train.compile is not used: there is no compiler" in capsys.readouterr().out) == said

@@ -19,20 +19,34 @@ from stages.text.tokens import TokenRow
 
 # Rows sorted by length within this many batches at a time: little padding, and still another mix every epoch.
 _WINDOW_BATCHES = 32
+# Lengths are padded to a multiple of this where every shape must be compiled.
+_LENGTHS = 32
 
 
 @dataclass(frozen=True)
 class Batch:
     """Rows padded at their end, inputs one position ahead of targets.
 
-    `trained_N` indexes the flattened (B · L) positions whose targets count; `rows_N` tells the row of each.
+    `trained_N` indexes the flattened (B · L) positions whose targets count; `rows_N` tells the row of each. Where N is
+    padded too, the positions that stand in for trained ones have weight 0, and no row.
     """
 
     inputs_BxL: mx.array
     targets_N: mx.array
     trained_N: mx.array
+    weights_N: mx.array
     rows_N: np.ndarray
     real_tokens: int
+
+    @property
+    def arrays(self) -> dict[str, mx.array]:
+        """What enters a computation."""
+        return {
+            "inputs_BxL": self.inputs_BxL,
+            "targets_N": self.targets_N,
+            "trained_N": self.trained_N,
+            "weights_N": self.weights_N,
+        }
 
     @property
     def trained_tokens(self) -> int:
@@ -149,20 +163,31 @@ def sorted_batches(
     return [order[batch] for batch in batches]
 
 
-def collate(rows: Sequence[TokenRow]) -> Batch:
-    """Pad rows of at least two tokens each to a batch."""
+def collate(rows: Sequence[TokenRow], *, few_shapes: bool = False) -> Batch:
+    """Pad rows of at least two tokens each to a batch; with `few_shapes` so that many batches have the same shape."""
     longest = max(len(row.input_ids) for row in rows)
+    if few_shapes:
+        longest = -(-(longest - 1) // _LENGTHS) * _LENGTHS + 1
     tokens = np.zeros((len(rows), longest), dtype=np.int32)
     mask = np.zeros((len(rows), longest), dtype=bool)
     for i, row in enumerate(rows):
         tokens[i, : len(row.input_ids)] = row.input_ids
         mask[i, : len(row.input_ids)] = row.loss_mask
     # The first token has nothing before it to be predicted from.
-    targets, trained = tokens[:, 1:], np.flatnonzero(mask[:, 1:])
+    targets, trained = tokens[:, 1:].reshape(-1), np.flatnonzero(mask[:, 1:])
+    padding = _rounded_up(len(trained)) - len(trained) if few_shapes else 0
+    positions = np.pad(trained, (0, padding))
     return Batch(
         inputs_BxL=mx.array(tokens[:, :-1]),
-        targets_N=mx.array(targets.reshape(-1)[trained]),
-        trained_N=mx.array(trained),
+        targets_N=mx.array(targets[positions]),
+        trained_N=mx.array(positions),
+        weights_N=mx.array(np.arange(len(positions)) < len(trained), dtype=mx.float32),
         rows_N=trained // (longest - 1),
         real_tokens=sum(len(row.input_ids) for row in rows),
     )
+
+
+def _rounded_up(count: int) -> int:
+    """To a number of four binary digits and zeros: eight of them from one power of two to the next."""
+    unit = 1 << max(count.bit_length() - 4, 0)
+    return -(-count // unit) * unit

@@ -23,6 +23,7 @@ from stages.lora.batches import Batch, Updates, collate, sorted_batches, split
 from stages.lora.head import narrow_head
 from stages.lora.loss import Loss, fused_sum_loss, sum_loss, why_not_fused
 from stages.lora.memory import recompute_activations
+from stages.lora.model import on_cpu
 from stages.lora.optimizer import (
     OptimizerName,
     ScheduleName,
@@ -32,6 +33,7 @@ from stages.lora.optimizer import (
     restore_state,
 )
 from stages.lora.score import score_batch
+from stages.lora.step import Step, compiled_step, plain_step, why_not_compiled
 from stages.lora.verify import check_batch, disagreement
 from stages.text.tokens import TokenRow
 
@@ -58,6 +60,7 @@ class TrainConfig:
     max_grad_norm: float | None = None
     grad_checkpoint: bool = False
     fused_loss: bool = True
+    compile: Literal["auto", "on", "off"] = "auto"
     steps_per_report: int = 1
     steps_per_eval: int = 100
     val_batches: int = -1
@@ -188,7 +191,7 @@ class Trainer:
         if config.grad_checkpoint:
             recompute_activations(model)
         self._loss = self._choose_loss()
-        self._value_and_grad = nn.value_and_grad(model, self._loss)
+        self._value_and_grad, self.is_compiled = self._choose_step()
 
     @property
     def is_fused(self) -> bool:
@@ -246,11 +249,31 @@ class Trainer:
             return sum_loss
         batch = check_batch(self.train)
         in_two_chunks = partial(fused_sum_loss, chunk_rows=-(-batch.trained_tokens // 2))
-        reason = why_not_fused(self.model) or disagreement(self.model, sum_loss, in_two_chunks, batch)
+        reason = why_not_fused(self.model) or disagreement(
+            self.model,
+            partial(plain_step(self.model, sum_loss), self.model, batch),
+            partial(plain_step(self.model, in_two_chunks), self.model, batch),
+        )
         if reason is None:
             return fused_sum_loss
         self.notes.append(f"train.fused_loss is not used: {reason}")
         return sum_loss
+
+    def _choose_step(self) -> tuple[Step, bool]:
+        """Loss and gradients, compiled if that is wanted and gives what the plain step gives; and whether they are."""
+        plain, wanted = plain_step(self.model, self._loss), self.config.compile
+        if wanted == "off" or (wanted == "auto" and on_cpu()):
+            return plain, False
+        compiled = compiled_step(self.model, self._loss)
+        reason = why_not_compiled() or disagreement(
+            self.model,
+            partial(plain, self.model, check_batch(self.train)),
+            partial(compiled, self.model, check_batch(self.train, few_shapes=True)),
+        )
+        if reason is None:
+            return compiled, True
+        self.notes.append(f"train.compile is not used: {reason}")
+        return plain, False
 
     def _update(self) -> Report | None:
         """One optimizer update over the next rows; a report if one is due."""
@@ -292,7 +315,7 @@ class Trainer:
         """The gradients of the mean loss over the rows' trained tokens, whatever the micro-batches."""
         lengths = [len(row.input_ids) for row in rows]
         parts = split(lengths, batch_size=self.config.batch_size, batch_tokens=self.config.batch_tokens)
-        batches = [collate(rows[part]) for part in parts]
+        batches = [collate(rows[part], few_shapes=self.is_compiled) for part in parts]
         tokens = sum(batch.trained_tokens for batch in batches)
         total: dict[str, mx.array] = {}
         done = Sums(updates=1, rows=len(rows))
@@ -302,7 +325,7 @@ class Trainer:
             total = {name: total[name] + gradient for name, gradient in gradients.items()} if total else gradients
             # Evaluated now, so that one micro-batch's activations are in memory at a time.
             mx.eval(loss_sum, total)
-            done.loss_sum += loss_sum.item()
+            done.loss_sum += float(loss_sum)
             done.trained_tokens += batch.trained_tokens
             done.real_tokens += batch.real_tokens
             done.padded_tokens += batch.padded_tokens

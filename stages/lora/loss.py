@@ -38,14 +38,15 @@ def token_losses(model: nn.Module, batch: Batch) -> mx.array:
 
 def sum_loss(model: nn.Module, batch: Batch) -> mx.array:
     """Sum over the batch's trained tokens; padding and untrained tokens do not enter."""
-    return token_losses(model, batch).sum()
+    return (token_losses(model, batch) * batch.weights_N).sum()
 
 
 def fused_sum_loss(model: nn.Module, batch: Batch, *, chunk_rows: int | None = None) -> mx.array:
     """The same of a narrowed model in the fused form; no gradient reaches weights of the head itself."""
     hidden_NxD = hidden_at(model, batch.inputs_BxL, batch.trained_N)
     rows = chunk_rows or chunk_length(_vocabulary(model, hidden_NxD))
-    return _fused_losses(lambda hidden: head_logits(model, hidden), hidden_NxD, batch.targets_N, rows).sum()
+    losses_N = _fused_losses(lambda hidden: head_logits(model, hidden), hidden_NxD, batch.targets_N, rows)
+    return (losses_N * batch.weights_N).sum()
 
 
 def chunk_length(vocabulary: int) -> int:

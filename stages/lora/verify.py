@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from stages.lora.batches import Batch, collate
-from stages.lora.loss import Loss
 from stages.lora.model import floating_dtype
 from stages.text.tokens import TokenRow
+
+Taken = Callable[[], tuple[mx.array, Any]]
 
 # Largest share by which the loss may differ, and the gradients: the norm of their difference against their norm.
 # Float32 rounds each sum to some 1e-6, halves to 1e-2 and less.
@@ -24,9 +26,9 @@ HALF_LOSS_TOLERANCE, HALF_GRADIENT_TOLERANCE = 1e-2, 5e-2
 _ROWS, _TOKENS = 2, 32
 
 
-def check_batch(rows: Sequence[TokenRow]) -> Batch:
+def check_batch(rows: Sequence[TokenRow], *, few_shapes: bool = False) -> Batch:
     """The first rows up to their last trained token, the start of long ones left out."""
-    return collate([_excerpt(row) for row in rows[:_ROWS]])
+    return collate([_excerpt(row) for row in rows[:_ROWS]], few_shapes=few_shapes)
 
 
 def _excerpt(row: TokenRow) -> TokenRow:
@@ -35,11 +37,14 @@ def _excerpt(row: TokenRow) -> TokenRow:
     return replace(row, input_ids=row.input_ids[part], loss_mask=row.loss_mask[part])
 
 
-def disagreement(model: nn.Module, plain: Loss, fast: Loss, batch: Batch) -> str | None:
-    """Why `fast` cannot stand for `plain` on this batch; None if it can. The model is in evaluation mode."""
-    wanted_loss, wanted = _loss_and_gradients(model, plain, batch)
+def disagreement(model: nn.Module, plain: Taken, fast: Taken) -> str | None:
+    """Why `fast` cannot stand for `plain`, each a loss and its gradients; None if it can.
+
+    Both are to be taken on the same tokens (`check_batch`), of a model in evaluation mode.
+    """
+    wanted_loss, wanted = _evaluated(plain)
     try:
-        loss, gradients = _loss_and_gradients(model, fast, batch)
+        loss, gradients = _evaluated(fast)
     except Exception as error:  # whatever an unknown model trips over
         return f"it fails ({type(error).__name__}: {error})".splitlines()[0]
     is_full = floating_dtype(model) == mx.float32
@@ -54,11 +59,11 @@ def disagreement(model: nn.Module, plain: Loss, fast: Loss, batch: Batch) -> str
     return None
 
 
-def _loss_and_gradients(model: nn.Module, loss: Loss, batch: Batch) -> tuple[float, dict[str, mx.array]]:
-    value, tree = nn.value_and_grad(model, loss)(model, batch)
+def _evaluated(taken: Taken) -> tuple[float, dict[str, mx.array]]:
+    value, tree = taken()
     gradients = {name: gradient.astype(mx.float32) for name, gradient in tree_flatten(tree)}
     mx.eval(value, gradients)
-    return value.item(), gradients
+    return float(value), gradients
 
 
 def _norm(arrays: list[mx.array]) -> float:

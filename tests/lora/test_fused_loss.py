@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,10 +268,11 @@ def test_a_fused_loss_that_is_wrong_is_not_used(
     ],
 )
 def test_a_disagreement_is_one_line(tiny_llama: Path, rows: list[TokenRow], fast: Any, reason: str) -> None:
-    model = adapted(tiny_llama)
-    found = disagreement(model, sum_loss, fast, collate(rows[:2]))
+    model, batch = adapted(tiny_llama), collate(rows[:2])
+    plain, other = (partial(nn.value_and_grad(model, form), model, batch) for form in (sum_loss, fast))
+    found = disagreement(model, plain, other)
     assert found is not None and found.startswith(reason) and "\n" not in found
-    assert disagreement(model, sum_loss, sum_loss, collate(rows[:2])) is None
+    assert disagreement(model, plain, plain) is None
 
 
 def test_the_check_looks_at_the_last_trained_tokens_of_two_rows() -> None:

@@ -291,7 +291,8 @@ def losses(model: Path, adapter_dir: Path | None, rows: Sequence[TokenRow]) -> t
 
     from stages.lora import adapter
     from stages.lora.batches import collate, sorted_batches
-    from stages.lora.loss import narrow_head, token_losses
+    from stages.lora.head import narrow_head
+    from stages.lora.loss import token_losses
     from stages.lora.model import load_base
 
     scored, _ = load_base(model, dtype="float32")

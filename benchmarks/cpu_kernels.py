@@ -93,8 +93,9 @@ def _step(directory: Path, given: argparse.Namespace) -> None:
     import mlx.core as mx  # isort: skip
     import mlx.nn as nn
 
-    from stages.lora.batches import Batch, collate
-    from stages.lora.loss import narrow_head, sum_loss, trained_logits
+    from stages.lora.batches import collate
+    from stages.lora.head import narrow_head
+    from stages.lora.loss import fused_sum_loss, sum_loss
 
     rows = _rows(given)
     batch = collate(rows)
@@ -103,23 +104,11 @@ def _step(directory: Path, given: argparse.Namespace) -> None:
         console.warn(reason)
     for model in (plain, fast):
         narrow_head(model)
-
-    def fused_loss(model: nn.Module, batch: Batch) -> mx.array:
-        @mx.custom_function
-        def losses(logits: mx.array) -> Any:
-            return cpu.cross_entropy_with_gradient(logits, batch.targets_N)
-
-        @losses.vjp
-        def vjp(_: mx.array, cotangents: Any, outputs: Any) -> mx.array:
-            return outputs[1] * cotangents[0][:, None]
-
-        both: Any = losses(trained_logits(model, batch))
-        return both[0].sum()
-
     steps = {
         "MLX": (plain, sum_loss),
+        "MLX, fused loss": (plain, fused_sum_loss),
         "kernels": (fast, sum_loss),
-        "kernels, cross-entropy too": (fast, fused_loss),
+        "kernels, fused loss": (fast, fused_sum_loss),
     }
     ways: dict[str, Callable[[], Any]] = {
         name: partial(nn.value_and_grad(model, loss), model, batch) for name, (model, loss) in steps.items()

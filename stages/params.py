@@ -118,7 +118,8 @@ class Train(Section):
     epochs: Positive | None
     iters: Positive | None
     init_adapter: Annotated[str, Field(min_length=1)] | None
-    batch_size: Positive
+    batch_size: Positive | None
+    batch_tokens: Positive | None
     grad_accumulation: Positive
     optimizer: Literal["adamw", "adam", "sgd", "adafactor", "lion", "muon"]
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
@@ -129,6 +130,8 @@ class Train(Section):
     final_learning_rate: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)] | None
     grad_checkpoint: bool
+    fused_loss: bool
+    compile: Literal["auto", "on", "off"]
     steps_per_report: Positive
     steps_per_eval: Positive
     val_batches: Annotated[int, Field(ge=-1)]
@@ -140,6 +143,12 @@ class Train(Section):
     def ends(self) -> Train:
         if (self.epochs is None) == (self.iters is None):
             raise ValueError(_one_of("train.epochs", "train.iters"))
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def has_batches_of_one_size(self) -> Train:
+        if (self.batch_size is None) == (self.batch_tokens is None):
+            raise ValueError(_one_of("train.batch_size", "train.batch_tokens"))
         return self
 
     @pydantic.model_validator(mode="after")

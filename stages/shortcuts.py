@@ -41,7 +41,9 @@ def take(
 
     count = len(model.layers)
     layers = frozen_layers(adapted, count)
-    if settings.model.cpu_kernels and (why_not := cpu.install(model, rows, frozen=layers)):
+    # What is to be compiled is traced, and the kernels cannot be.
+    wanted = settings.model.cpu_kernels and settings.train.compile != "on"
+    if wanted and (why_not := cpu.install(model, rows, frozen=layers)):
         console.warn(why_not)
     if settings.train.cache_frozen == "off" or layers == 0:
         return None
@@ -131,7 +133,7 @@ def _fingerprint(model: Any, layers: int, settings: params.Params, manifest: bas
             "dtype": str(floating_dtype(model)),
             "device": str(mx.default_device()),
             "blas": blas.loaded(),
-            "cpu_kernels": settings.model.cpu_kernels,
+            "cpu_kernels": settings.model.cpu_kernels and settings.train.compile != "on",
             "versions": [importlib.metadata.version(name) for name in ("mlx", "mlx-lm")],
             "code": {name: files.sha256(here / name) for name in _CODE},
         }

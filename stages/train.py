@@ -5,7 +5,6 @@ data/tokens + artifacts/base.json → artifacts/adapter: `python -m stages.train
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +16,8 @@ from stages.clock import Clock, peak_memory
 
 if TYPE_CHECKING:
     from stages.lora.adapter import LoraConfig
-    from stages.lora.loop import Event, TrainConfig
+    from stages.lora.loop import Event, TrainConfig, Trainer
+    from stages.text.tokens import TokenRow
 
 
 def train(
@@ -58,7 +58,7 @@ def train(
     prefix = shortcuts.take(
         model, adapter.weights(model), rows["train"] + rows["valid"], settings=settings, manifest=manifest
     )
-    config = _config(settings, len(rows["train"]), ranks.size)
+    config = _config(settings, rows["train"], ranks.size)
     run = fingerprint(
         ranks,
         params=settings.model_dump(include={"seed", "lora", "train"})
@@ -68,8 +68,11 @@ def train(
         init_adapter=_digest(settings.train.init_adapter),
     )
     checkpoints = Checkpoints(resume.checkpoint_root(), run)
-    trainer = Trainer(model, rows["train"], rows["valid"], config, prefix=prefix, ranks=ranks)
-    _tell_memory(model, rows["train"], config, ranks.size)
+    with console.progress("checking the fast path"):
+        trainer = Trainer(model, rows["train"], rows["valid"], config, prefix=prefix, ranks=ranks)
+    for note in trainer.notes:
+        console.say(note)
+    _tell_memory(trainer)
     clock = Clock(started)
     with resume.lock(checkpoints, ranks):
         with console.progress("training", total=config.steps) as advance:
@@ -123,29 +126,33 @@ def _digest(init_adapter: str | None) -> str | None:
     return None if init_adapter is None else files.sha256(Path(init_adapter) / WEIGHTS_FILE)
 
 
-def _config(settings: params.Params, rows: int, ranks: int) -> TrainConfig:
-    from stages.lora.loop import TrainConfig, updates_per_epoch
+def _config(settings: params.Params, rows: list[TokenRow], ranks: int) -> TrainConfig:
+    from stages.lora.batches import Updates
+    from stages.lora.loop import TrainConfig
 
     options = settings.train.model_dump(exclude={"epochs", "iters", "init_adapter", "cache_frozen"})
     options["betas"] = tuple(options["betas"])
-    per_epoch = updates_per_epoch(rows, rows_per_update=options["batch_size"] * options["grad_accumulation"])
-    steps = settings.train.iters or (settings.train.epochs or 0) * per_epoch
-    config = TrainConfig(steps=steps, seed=settings.seed, **options)
-    console.say(f"{rows:,} rows, {steps:,} updates of {config.rows_per_update} rows, {per_epoch:,} an epoch")
-    if ranks > 1:
-        console.say(f"data-parallel on {ranks} ranks")
-    if ranks > config.rows_per_update:
-        console.warn(f"{ranks - config.rows_per_update} ranks have no rows; raise train.batch_size to {ranks} or more")
-    return config
+    sizes = {name: options[name] for name in ("batch_size", "batch_tokens", "grad_accumulation")}
+    updates = Updates([len(row.input_ids) for row in rows], seed=settings.seed, **sizes)
+    steps = settings.train.iters or updates.in_epochs(settings.train.epochs or 0)
+    size, unit = (sizes["batch_size"], "rows") if sizes["batch_size"] else (sizes["batch_tokens"], "tokens at most")
+    size *= sizes["grad_accumulation"]
+    console.say(
+        f"{len(rows):,} rows, {steps:,} updates of {size:,} {unit}, {updates.in_epochs(1):,} an epoch"
+        + (f", data-parallel on {ranks} ranks" if ranks > 1 else "")
+    )
+    if unit == "rows" and ranks > size:
+        console.warn(f"{ranks - size} ranks have no rows; raise train.batch_size to {ranks} or more")
+    return TrainConfig(steps=steps, seed=settings.seed, **options)
 
 
-def _tell_memory(model: Any, rows: Any, config: TrainConfig, ranks: int) -> None:
+def _tell_memory(trainer: Trainer) -> None:
     """What the run will take of the memory there is, and what would help if it seems too much."""
     from stages.lora import memory
 
-    size, recompute = math.ceil(config.batch_size / ranks), config.grad_checkpoint
-    needed = memory.estimate(model, rows, batch_size=size, grad_checkpoint=recompute)
-    if advice := memory.advice(needed, batch_size=size, grad_checkpoint=recompute):
+    options: dict[str, Any] = {**trainer.share, "grad_checkpoint": trainer.config.grad_checkpoint}
+    needed = memory.estimate(trainer.model, trainer.train, **options, fused_loss=trainer.is_fused)
+    if advice := memory.advice(needed, **options):
         console.warn(advice)
     else:
         console.say(f"about {needed.total / 2**30:.1f} of {needed.available / 2**30:.1f} GiB of memory needed")

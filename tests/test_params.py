@@ -83,6 +83,12 @@ def test_epochs_and_iters_exclude_each_other(file: Path) -> None:
     assert "exactly one of train.epochs and train.iters" in problems(file, "train.epochs=null", "train.iters=null")[0]
 
 
+def test_batches_are_by_rows_or_by_tokens(file: Path) -> None:
+    assert "exactly one of train.batch_size and train.batch_tokens" in problems(file, "train.batch_tokens=512")[0]
+    assert "exactly one of train.batch_size and train.batch_tokens" in problems(file, "train.batch_size=null")[0]
+    assert load(file, ["train.batch_size=null", "train.batch_tokens=512"]).train.batch_tokens == 512
+
+
 def test_alpha_and_scale_exclude_each_other(file: Path) -> None:
     assert "exactly one of lora.alpha and lora.scale" in problems(file, "lora.scale=2.0")[0]
     assert "exactly one of lora.alpha and lora.scale" in problems(file, "lora.alpha=null")[0]

@@ -299,3 +299,39 @@ def test_timing_is_written_apart_from_the_metrics(project: Path) -> None:
     assert timing["padded_share"] == read("artifacts/metrics/train.json")["padded_share"]
     train(overrides=["train.iters=null", "train.epochs=3"])
     assert len(read("artifacts/timing/train.json")["tokens_per_second_by_epoch"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], False),
+        (["lora.targets=[embed_tokens]"], True),
+        (["lora.targets=[embed_tokens]", "train.fused_loss=false"], False),
+    ],
+)
+def test_train_says_what_keeps_the_fused_loss_away(
+    project: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: bool
+) -> None:
+    run(fetch, prepare, tokenize)
+    train(overrides=["train.iters=1", *overrides])
+    assert ("train.fused_loss is not used: the head itself is trained" in capsys.readouterr().out) == said
+
+
+def test_epochs_of_batches_by_tokens_see_every_row(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(fetch, prepare, tokenize)
+    train(overrides=["train.iters=null", "train.epochs=2", "train.batch_size=null", "train.batch_tokens=300"])
+    figures = read("artifacts/metrics/train.json")
+    assert figures["epochs"] == 2
+    assert f" {figures['steps']} updates of 300 tokens at most, " in capsys.readouterr().out
+    assert figures["trained_tokens"] == 2 * read("artifacts/metrics/tokenize.json")["train"]["trained_tokens"]
+
+
+@pytest.mark.parametrize(("wanted", "said"), [("on", True), ("auto", False), ("off", False)])
+def test_train_says_what_keeps_it_from_compiling(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wanted: str, said: bool
+) -> None:
+    run(fetch, prepare, tokenize)
+    monkeypatch.setattr("stages.lora.loop.why_not_compiled", lambda: "there is no compiler")
+    monkeypatch.setattr("stages.lora.loop.on_cpu", lambda: True)
+    train(overrides=["train.iters=1", f"train.compile={wanted}"])
+    assert ("train.compile is not used: there is no compiler" in capsys.readouterr().out) == said

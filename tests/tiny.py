@@ -63,6 +63,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "sliding_window_pattern": 2,
     },
+    "cohere": _SIZES | {"model_type": "cohere", "architectures": ["CohereForCausalLM"], "logit_scale": 0.25},
+    "granite": _SIZES
+    | {
+        "model_type": "granite",
+        "architectures": ["GraniteForCausalLM"],
+        "attention_bias": False,
+        "attention_multiplier": 0.35,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 4.0,
+        "mlp_bias": False,
+        "residual_multiplier": 0.5,
+    },
+    "minicpm": _SIZES
+    | {
+        "model_type": "minicpm",
+        "architectures": ["MiniCPMForCausalLM"],
+        "dim_model_base": 8,
+        "scale_depth": 1.4,
+        "scale_emb": 2.0,
+        "tie_word_embeddings": False,
+    },
     "phi3": _PHI3,
     "mixtral": _SIZES
     | {

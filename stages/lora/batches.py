@@ -1,12 +1,16 @@
 """Which rows make up which update, and rows → padded arrays.
 
-The order is a pure function of (lengths, batch size, seed, epoch): nothing that happens during training disturbs it.
+The order is a pure function of (lengths, batch size or budget, seed, epoch): nothing that happens in training disturbs
+it.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -16,22 +20,40 @@ from stages.text.tokens import TokenRow
 
 # Rows sorted by length within this many batches at a time: little padding, and still another mix every epoch.
 _WINDOW_BATCHES = 32
+# Lengths are padded to a multiple of this where every shape must be compiled.
+_LENGTHS = 32
 
 
 @dataclass(frozen=True)
 class Batch:
     """Rows padded at their end, inputs one position ahead of targets.
 
-    `trained_N` indexes the flattened (B · L) positions whose targets count; `rows_N` tells the row of each. With
-    `states`, the model starts from what its lowest layers put out for these inputs.
+    `trained_N` indexes the flattened (B · L) positions whose targets count; `rows_N` tells the row of each. Where N is
+    padded too, the positions that stand in for trained ones have weight 0, and no row. With `states`, the model starts
+    from what its lowest layers put out for these inputs.
     """
 
     inputs_BxL: mx.array
     targets_N: mx.array
     trained_N: mx.array
+    weights_N: mx.array
     rows_N: np.ndarray
     real_tokens: int
     states: States | None = None
+
+    @property
+    def arrays(self) -> dict[str, mx.array]:
+        """What enters a computation."""
+        arrays = {name: getattr(self, name) for name in ("inputs_BxL", "targets_N", "trained_N", "weights_N")}
+        return arrays if self.states is None else arrays | {"hidden_BxLxD": self.states.hidden_BxLxD}
+
+    @classmethod
+    def of_arrays(cls, arrays: dict[str, mx.array], *, layers: int) -> Batch:
+        """A batch to compute with, of what `arrays` gave; `layers` are those that its states stand for, if any."""
+        arrays = dict(arrays)
+        hidden_BxLxD = arrays.pop("hidden_BxLxD", None)
+        states = None if hidden_BxLxD is None else States(layers, hidden_BxLxD)
+        return cls(**arrays, rows_N=np.empty(0, dtype=int), real_tokens=0, states=states)
 
     @property
     def trained_tokens(self) -> int:
@@ -43,40 +65,144 @@ class Batch:
         return rows * (length + 1) - self.real_tokens
 
 
-def epoch_batches(lengths: Sequence[int], *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Each row's index exactly once, in batches of rows of like length; one batch may be shorter than the others."""
+def split(lengths: Sequence[int], *, batch_size: int | None, batch_tokens: int | None) -> list[slice]:
+    """Consecutive rows as batches: `batch_size` rows each, or as many as fit a budget of tokens, padding included.
+
+    A row longer than the budget is a batch by itself.
+    """
+    if batch_tokens is None:
+        size = cast(int, batch_size)
+        return [slice(i, min(i + size, len(lengths))) for i in range(0, len(lengths), size)]
+    batches: list[slice] = []
+    start = longest = 0
+    for i, length in enumerate(lengths):
+        longest = max(longest, length)
+        if i > start and longest * (i + 1 - start) > batch_tokens:
+            batches.append(slice(start, i))
+            start, longest = i, length
+    return [*batches, slice(start, len(lengths))] if len(lengths) else []
+
+
+def epoch_updates(
+    lengths: Sequence[int],
+    *,
+    batch_size: int | None,
+    batch_tokens: int | None,
+    grad_accumulation: int,
+    seed: int,
+    epoch: int,
+) -> list[np.ndarray]:
+    """Each row's index exactly once, in updates of `grad_accumulation` batches of rows of like length.
+
+    An update's rows are in the order in which `split` gives its batches again; the last of a window may have fewer.
+    """
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    batches: list[np.ndarray] = []
-    window = batch_size * _WINDOW_BATCHES
+    order, sizes = rng.permutation(len(lengths)), np.asarray(lengths)
+    updates: list[np.ndarray] = []
+    window = _rows_a_batch(lengths, batch_size=batch_size, batch_tokens=batch_tokens) * grad_accumulation
+    window *= _WINDOW_BATCHES
     for start in range(0, len(order), window):
         part = order[start : start + window]
-        part = part[np.argsort(np.asarray(lengths)[part], kind="stable")]
-        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+        part = part[np.argsort(sizes[part], kind="stable")]
+        batches = split(sizes[part].tolist(), batch_size=batch_size, batch_tokens=batch_tokens)
+        for i in range(0, len(batches), grad_accumulation):
+            several = batches[i : i + grad_accumulation]
+            updates.append(part[several[0].start : several[-1].stop])
+    return [updates[i] for i in rng.permutation(len(updates))]
 
 
-def sorted_batches(lengths: Sequence[int], *, batch_size: int) -> list[np.ndarray]:
+def _rows_a_batch(lengths: Sequence[int], *, batch_size: int | None, batch_tokens: int | None) -> int:
+    """About how many rows are in a batch."""
+    if batch_tokens is None:
+        return cast(int, batch_size)
+    return max(batch_tokens * len(lengths) // sum(lengths), 1)
+
+
+class Updates:
+    """Which rows make up update number n, for any n: epoch after epoch."""
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        batch_size: int | None,
+        batch_tokens: int | None,
+        grad_accumulation: int,
+        seed: int,
+    ) -> None:
+        self._of_epoch = partial(
+            epoch_updates,
+            lengths,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            grad_accumulation=grad_accumulation,
+            seed=seed,
+        )
+        self._ends: list[int] = []  # updates up to the end of each epoch; with a budget, one may have more than another
+        self._latest: tuple[int, list[np.ndarray]] = (-1, [])
+
+    def in_epochs(self, epochs: int) -> int:
+        """How many updates the first epochs have."""
+        while len(self._ends) < epochs:
+            self._ends.append((self._ends or [0])[-1] + len(self._epoch(len(self._ends))))
+        return self._ends[epochs - 1] if epochs else 0
+
+    def rows(self, step: int) -> np.ndarray:
+        """The indices of the rows of update number `step`, counted from 1."""
+        while self.in_epochs(len(self._ends)) < step:
+            self.in_epochs(len(self._ends) + 1)
+        epoch = bisect_left(self._ends, step)
+        return self._epoch(epoch)[step - 1 - self.in_epochs(epoch)]
+
+    def epoch(self, step: int) -> int:
+        """The epoch, counted from 0, of an update whose rows were asked for."""
+        return bisect_left(self._ends, step)
+
+    def _epoch(self, epoch: int) -> list[np.ndarray]:
+        if self._latest[0] != epoch:
+            self._latest = (epoch, self._of_epoch(epoch=epoch))
+        return self._latest[1]
+
+
+def sorted_batches(
+    lengths: Sequence[int], *, batch_size: int | None, batch_tokens: int | None = None
+) -> list[np.ndarray]:
     """Each row's index exactly once, by length: for scoring, where the order does not matter."""
-    order = np.argsort(np.asarray(lengths), kind="stable")
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    sizes = np.asarray(lengths)
+    order = np.argsort(sizes, kind="stable")
+    batches = split(sizes[order].tolist(), batch_size=batch_size, batch_tokens=batch_tokens)
+    return [order[batch] for batch in batches]
 
 
-def collate(rows: Sequence[TokenRow], prefix: FrozenPrefix | None = None) -> Batch:
-    """Pad rows of at least two tokens each to a batch; a `prefix` puts their states to it."""
+def collate(rows: Sequence[TokenRow], prefix: FrozenPrefix | None = None, *, few_shapes: bool = False) -> Batch:
+    """Pad rows of at least two tokens each to a batch; a `prefix` puts their states to it.
+
+    With `few_shapes` it is padded so that many batches have the same shape.
+    """
     longest = max(len(row.input_ids) for row in rows)
+    if few_shapes:
+        longest = -(-(longest - 1) // _LENGTHS) * _LENGTHS + 1
     tokens = np.zeros((len(rows), longest), dtype=np.int32)
     mask = np.zeros((len(rows), longest), dtype=bool)
     for i, row in enumerate(rows):
         tokens[i, : len(row.input_ids)] = row.input_ids
         mask[i, : len(row.input_ids)] = row.loss_mask
     # The first token has nothing before it to be predicted from.
-    targets, trained = tokens[:, 1:], np.flatnonzero(mask[:, 1:])
+    targets, trained = tokens[:, 1:].reshape(-1), np.flatnonzero(mask[:, 1:])
+    padding = _rounded_up(len(trained)) - len(trained) if few_shapes else 0
+    positions = np.pad(trained, (0, padding))
     return Batch(
         inputs_BxL=mx.array(tokens[:, :-1]),
-        targets_N=mx.array(targets.reshape(-1)[trained]),
-        trained_N=mx.array(trained),
+        targets_N=mx.array(targets[positions]),
+        trained_N=mx.array(positions),
+        weights_N=mx.array(np.arange(len(positions)) < len(trained), dtype=mx.float32),
         rows_N=trained // (longest - 1),
         real_tokens=sum(len(row.input_ids) for row in rows),
-        states=None if prefix is None else prefix.states(rows),
+        states=None if prefix is None else prefix.states(rows, length=longest - 1),
     )
+
+
+def _rounded_up(count: int) -> int:
+    """To a number of four binary digits and zeros: eight of them from one power of two to the next."""
+    unit = 1 << max(count.bit_length() - 4, 0)
+    return -(-count // unit) * unit

@@ -28,7 +28,7 @@ from mlx_lm.models import activations
 from mlx_lm.models import base as mlx_lm_base
 
 from stages.lora.batches import collate
-from stages.lora.prefix import FrozenPrefix, States, fed
+from stages.lora.prefix import States, embedded, fed
 from stages.text.tokens import TokenRow
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -533,8 +533,8 @@ def install(model: nn.Module, rows: Sequence[TokenRow], *, frozen: int = 0) -> s
         return "the fast CPU kernels are off: they need model.dtype float32"
     model.eval()  # no dropout, which would differ between the two
     beginnings = [replace(row, input_ids=row.input_ids[: _COMPARED_TOKENS + 1]) for row in rows[:2]]
-    skipped = _skipped(model, frozen, beginnings)
     tokens_BxL = collate(beginnings).inputs_BxL
+    skipped = _skipped(model, frozen, tokens_BxL)
     plain = _answers(model, tokens_BxL, skipped)
     _replace(model)
     try:
@@ -544,6 +544,7 @@ def install(model: nn.Module, rows: Sequence[TokenRow], *, frozen: int = 0) -> s
         return f"the fast CPU kernels are off: they do not fit this model's code ({error})"
     distances = [_distance(a, b) for a, b in zip(fast, plain, strict=True)]
     if all(distance <= TOLERANCE for distance in distances):
+        model.has_cpu_kernels = True
         return None
     uninstall(model)
     return f"the fast CPU kernels are off: with this model they differ from MLX by {max(distances):.1e}"
@@ -551,23 +552,20 @@ def install(model: nn.Module, rows: Sequence[TokenRow], *, frozen: int = 0) -> s
 
 def uninstall(model: nn.Module) -> None:
     """Undo `install`."""
+    model.has_cpu_kernels = False
     for module in model.modules():
         if plain := vars(type(module)).get("plain_kind"):
             module.__class__ = plain
 
 
-def _skipped(model: nn.Module, frozen: int, rows: Sequence[TokenRow]) -> States | None:
+def _skipped(model: nn.Module, frozen: int, tokens_BxL: mx.array) -> States | None:
     """The embeddings in place of what `frozen` layers put out; None if these have kinds of modules of their own."""
 
     def kinds(layers: Sequence[nn.Module]) -> set[type]:
         return {type(module) for layer in layers for module in layer.modules()}
 
-    if not kinds(model.layers[:frozen]) <= kinds(model.layers[frozen:]):
-        return None
-    try:
-        return States(frozen, FrozenPrefix(model, 0).states(rows).hidden_BxLxD)
-    except ValueError:
-        return None
+    has_own_kinds = not kinds(model.layers[:frozen]) <= kinds(model.layers[frozen:])
+    return None if has_own_kinds else embedded(model, frozen, tokens_BxL)
 
 
 def _answers(model: nn.Module, tokens_BxL: mx.array, skipped: States | None) -> list[mx.array]:

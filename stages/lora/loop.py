@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -21,10 +22,12 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import load, save
 
 from stages.lora import adapter
-from stages.lora.batches import Batch, collate, epoch_batches, sorted_batches
+from stages.lora.batches import Batch, Updates, collate, sorted_batches, split
 from stages.lora.distributed import ALONE, Ranks
-from stages.lora.loss import narrow_head, sum_loss
+from stages.lora.head import narrow_head
+from stages.lora.loss import Loss, fused_sum_loss, sum_loss, why_not_fused
 from stages.lora.memory import recompute_activations
+from stages.lora.model import on_cpu
 from stages.lora.optimizer import (
     OptimizerName,
     ScheduleName,
@@ -35,17 +38,23 @@ from stages.lora.optimizer import (
 )
 from stages.lora.prefix import FrozenPrefix
 from stages.lora.score import NOTHING, score_batch
+from stages.lora.step import Step, compiled_step, plain_step, why_not_compiled
+from stages.lora.verify import check_batch, disagreement
 from stages.text.tokens import TokenRow
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """All that shapes a run besides model and rows. An update sees `batch_size * grad_accumulation` rows."""
+    """All that shapes a run besides model and rows.
+
+    An update sees `grad_accumulation` batches, of `batch_size` rows each or of as many as fit `batch_tokens`.
+    """
 
     steps: int
-    batch_size: int
     learning_rate: float
     seed: int
+    batch_size: int | None = None
+    batch_tokens: int | None = None
     grad_accumulation: int = 1
     optimizer: OptimizerName = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -55,15 +64,13 @@ class TrainConfig:
     final_learning_rate: float = 0.0
     max_grad_norm: float | None = None
     grad_checkpoint: bool = False
+    fused_loss: bool = True
+    compile: Literal["auto", "on", "off"] = "auto"
     steps_per_report: int = 1
     steps_per_eval: int = 100
     val_batches: int = -1
     keep: Literal["best", "last"] = "last"
     patience: int | None = None
-
-    @property
-    def rows_per_update(self) -> int:
-        return self.batch_size * self.grad_accumulation
 
 
 @dataclass
@@ -165,13 +172,10 @@ class Pace:
     seconds: float
 
 
-def updates_per_epoch(rows: int, *, rows_per_update: int) -> int:
-    """Updates that see each row once; the last of them may see fewer rows."""
-    return math.ceil(rows / rows_per_update)
-
-
 class Trainer:
     """One run: a frozen model with a trainable adapter, its rows, its optimizer, its progress.
+
+    `notes` says in one line each what was to make it faster and is not used, and why.
 
     On several ranks each holds all rows, and works on its share of every update's and of the validation's. All hold the
     same weights and the same progress after each, and raise the same errors.
@@ -197,11 +201,16 @@ class Trainer:
         self.model, self.train, self.config = model, train, config
         self.prefix, self.ranks = prefix, ranks
         self.progress = Progress()
+        self.notes: list[str] = []
         self.pace: list[Pace] = []  # of the updates that this process made
-        self._lengths = [len(row.input_ids) for row in train]
-        self._per_epoch = updates_per_epoch(len(train), rows_per_update=config.rows_per_update)
-        self._rows_at_a_time = math.ceil(config.batch_size / ranks.size)
-        chosen = valid if config.val_batches < 0 else valid[: config.val_batches * config.batch_size]
+        self._updates = Updates(
+            [len(row.input_ids) for row in train],
+            batch_size=config.batch_size,
+            batch_tokens=config.batch_tokens,
+            grad_accumulation=config.grad_accumulation,
+            seed=config.seed,
+        )
+        chosen = validation_rows(valid, config)
         self._validates = bool(chosen)
         self._valid = self._own(chosen)
         if not self._validates and (config.keep == "best" or config.patience is not None):
@@ -210,11 +219,23 @@ class Trainer:
             )
         self._best: dict[str, mx.array] = {}
         self._optimizer = make_optimizer(config.optimizer, betas=config.betas, weight_decay=config.weight_decay)
-        self._order: tuple[int, list[np.ndarray]] = (-1, [])
-        narrow_head(model)
+        model.eval()  # what is checked here draws no random numbers
+        narrow_head(model, frozen=prefix.layers if prefix else 0)
         if config.grad_checkpoint:
             recompute_activations(model)
-        self._value_and_grad = nn.value_and_grad(model, sum_loss)
+        self._loss = self._choose_loss()
+        self._value_and_grad, self.is_compiled = self._choose_step()
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the loss is taken in the fused form."""
+        return self._loss is fused_sum_loss
+
+    @property
+    def share(self) -> dict[str, int | None]:
+        """The size of this rank's part of a batch, in rows or in tokens."""
+        sizes = {"batch_size": self.config.batch_size, "batch_tokens": self.config.batch_tokens}
+        return {name: size and math.ceil(size / self.ranks.size) for name, size in sizes.items()}
 
     @property
     def done(self) -> bool:
@@ -270,6 +291,38 @@ class Trainer:
             progress = json.loads(self.ranks.bytes_of_first(json.dumps(own.progress).encode()))
             self.restore(Snapshot({name: mx.array(array) for name, array in arrays.items()}, progress))
 
+    def _choose_loss(self) -> Loss:
+        """The fused loss if it is wanted and gives what the plain one gives."""
+        if not self.config.fused_loss:
+            return sum_loss
+        batch = check_batch(self.train, self.prefix)
+        in_two_chunks = partial(fused_sum_loss, chunk_rows=-(-batch.trained_tokens // 2))
+        reason = why_not_fused(self.model) or disagreement(
+            self.model,
+            partial(plain_step(self.model, sum_loss), self.model, batch),
+            partial(plain_step(self.model, in_two_chunks), self.model, batch),
+        )
+        if reason is None:
+            return fused_sum_loss
+        self.notes.append(f"train.fused_loss is not used: {reason}")
+        return sum_loss
+
+    def _choose_step(self) -> tuple[Step, bool]:
+        """Loss and gradients, compiled if that is wanted and gives what the plain step gives; and whether they are."""
+        plain, wanted = plain_step(self.model, self._loss), self.config.compile
+        if wanted == "off" or (wanted == "auto" and on_cpu()):
+            return plain, False
+        compiled = compiled_step(self.model, self._loss)
+        reason = why_not_compiled() or disagreement(
+            self.model,
+            partial(plain, self.model, check_batch(self.train, self.prefix)),
+            partial(compiled, self.model, check_batch(self.train, self.prefix, few_shapes=True)),
+        )
+        if reason is None:
+            return compiled, True
+        self.notes.append(f"train.compile is not used: {reason}")
+        return plain, False
+
     def _update(self) -> Report | None:
         """One optimizer update over the next rows; a report if one is due."""
         started = time.perf_counter()
@@ -304,15 +357,16 @@ class Trainer:
         mx.eval(weights, self._optimizer.state)
         progress.step = step
         done.grad_norm_sum = norm
-        self.pace.append(Pace((step - 1) // self._per_epoch, done.real_tokens, time.perf_counter() - started))
+        self.pace.append(Pace(self._updates.epoch(step), done.real_tokens, time.perf_counter() - started))
         progress.total.add(done)
         progress.since_report.add(done)
         return self._report(rate) if step % config.steps_per_report == 0 or step == config.steps else None
 
     def _gradients(self, rows: Sequence[TokenRow]) -> tuple[dict[str, mx.array], Sums]:
         """The gradients of the mean loss over the rows' trained tokens, whatever the micro-batches and the ranks."""
-        own, size = self._own(rows), self._rows_at_a_time
-        batches = [collate(own[i : i + size], self.prefix) for i in range(0, len(own), size)]
+        own = self._own(rows)
+        parts = split([len(row.input_ids) for row in own], **self.share)
+        batches = [collate(own[part], self.prefix, few_shapes=self.is_compiled) for part in parts]
         tokens = sum(int(np.count_nonzero(row.loss_mask[1:])) for row in rows)
         total: dict[str, mx.array] = {}
         done = Sums(updates=1, rows=len(own))
@@ -322,7 +376,7 @@ class Trainer:
             total = {name: total[name] + gradient for name, gradient in gradients.items()} if total else gradients
             # Evaluated now, so that one micro-batch's activations are in memory at a time.
             mx.eval(loss_sum, total)
-            done.loss_sum += loss_sum.item()
+            done.loss_sum += float(loss_sum)
             done.trained_tokens += batch.trained_tokens
             done.real_tokens += batch.real_tokens
             done.padded_tokens += batch.padded_tokens
@@ -336,13 +390,7 @@ class Trainer:
 
     def _rows(self, step: int) -> list[TokenRow]:
         """The rows of update number `step`, counted from 1."""
-        epoch, index = divmod(step - 1, self._per_epoch)
-        if self._order[0] != epoch:
-            order = epoch_batches(
-                self._lengths, batch_size=self.config.rows_per_update, seed=self.config.seed, epoch=epoch
-            )
-            self._order = (epoch, order)
-        return [self.train[i] for i in self._order[1][index]]
+        return [self.train[i] for i in self._updates.rows(step)]
 
     def _report(self, rate: float) -> Report:
         since = self.progress.since_report
@@ -353,8 +401,7 @@ class Trainer:
 
     def _valid_batches(self) -> Iterator[Batch]:
         """This rank's rows to validate on, the same each time, by length."""
-        lengths = [len(row.input_ids) for row in self._valid]
-        for part in sorted_batches(lengths, batch_size=self._rows_at_a_time):
+        for part in sorted_batches([len(row.input_ids) for row in self._valid], **self.share):
             yield collate([self._valid[i] for i in part], self.prefix)
 
     def _validate(self) -> Validation:
@@ -378,3 +425,12 @@ def _dropout_seed(seed: int, step: int, rank: int) -> int:
     # Rank 0's is that of a process alone.
     entropy = [seed, step, rank] if rank else [seed, step]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64).item())
+
+
+def validation_rows(rows: Sequence[TokenRow], config: TrainConfig) -> Sequence[TokenRow]:
+    """The fixed rows to validate on: as many as `val_batches` hold, from the first, or all."""
+    if config.val_batches < 0:
+        return rows
+    lengths = [len(row.input_ids) for row in rows]
+    parts = split(lengths, batch_size=config.batch_size, batch_tokens=config.batch_tokens)[: config.val_batches]
+    return rows[: parts[-1].stop if parts else 0]

@@ -12,8 +12,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from stages.lora import adapter
+from stages.lora.batches import split
+from stages.lora.loss import chunk_length
 from stages.lora.targets import LINEAR, SWITCH
 from stages.text.tokens import TokenRow
+
+# MLX allocates up to ten operations ahead of the one that it computes.
+_CHUNK_COPIES = 13
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,20 @@ class Estimate:
 
 
 def estimate(
-    model: nn.Module, rows: Sequence[TokenRow], *, batch_size: int, grad_checkpoint: bool, moments: int = 2
+    model: nn.Module,
+    rows: Sequence[TokenRow],
+    *,
+    batch_size: int | None,
+    batch_tokens: int | None,
+    grad_checkpoint: bool,
+    fused_loss: bool,
+    moments: int = 2,
 ) -> Estimate:
     """What a run needs, for a model with its adapter attached.
 
     Activations: each linear module's input and output in the layers that gradients pass through, and the attention
     scores; with `grad_checkpoint`, one layer's worth and each layer's input. Head: logits and their gradient in
-    float32, for all trained positions of the widest batch.
+    float32, for all trained positions of the widest batch, or with `fused_loss` for a chunk of them.
     """
     parameters = tree_flatten(model.parameters())
     trainable = adapter.weights(model)
@@ -46,10 +58,17 @@ def estimate(
     weights = sum(array.nbytes for _, array in parameters) - adapter_bytes
     item = max((array.itemsize for _, array in parameters if mx.issubdtype(array.dtype, mx.floating)), default=4)
 
-    longest = sorted((len(row.input_ids) for row in rows), reverse=True)[:batch_size]
-    length = longest[0] if longest else 0
-    tokens = length * len(longest)
-    trained = sum(sorted((int(row.loss_mask.sum()) for row in rows), reverse=True)[:batch_size])
+    lengths = sorted((len(row.input_ids) for row in rows), reverse=True)
+    length = lengths[0] if lengths else 0
+    widest = split(lengths, batch_size=batch_size, batch_tokens=batch_tokens)[:1]
+    tokens = length * sum(part.stop for part in widest)
+    masks = sorted((int(row.loss_mask.sum()) for row in rows), reverse=True)
+    parts = split(masks, batch_size=batch_size, batch_tokens=batch_tokens)
+    trained = max((sum(masks[part]) for part in parts), default=0)
+    vocabulary = _vocabulary(model)
+    head = 3 * 4 * trained * vocabulary
+    if fused_loss and vocabulary:
+        head = min(head, _CHUNK_COPIES * 4 * chunk_length(vocabulary) * vocabulary)
 
     first = _first_adapted_layer(model)
     layers = model.layers[first:]
@@ -62,12 +81,12 @@ def estimate(
         weights=weights,
         adapter=adapter_bytes * (2 + moments),
         activations=kept,
-        head=trained * _vocabulary(model) * 4 * 3,
+        head=head,
         available=available_memory(),
     )
 
 
-def advice(needed: Estimate, *, batch_size: int, grad_checkpoint: bool) -> str | None:
+def advice(needed: Estimate, *, batch_size: int | None, batch_tokens: int | None, grad_checkpoint: bool) -> str | None:
     """What would make a run fit that seems not to; None if it fits.
 
     Raises:
@@ -81,7 +100,9 @@ def advice(needed: Estimate, *, batch_size: int, grad_checkpoint: bool) -> str |
     if needed.total <= needed.available:
         return None
     ways = []
-    if batch_size > 1:
+    if batch_tokens is not None:
+        ways.append(f"train.batch_tokens below {batch_tokens} with train.grad_accumulation above 1")
+    elif batch_size is not None and batch_size > 1:
         ways.append(f"train.batch_size below {batch_size} with train.grad_accumulation above 1")
     if not grad_checkpoint:
         ways.append("train.grad_checkpoint: true")

@@ -19,7 +19,8 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 from stages.lora.batches import collate
-from stages.lora.loss import narrow_head, trained_logits
+from stages.lora.head import narrow_head
+from stages.lora.loss import trained_logits
 from stages.lora.targets import EMBEDDING, SWITCH
 from stages.text.tokens import TokenRow
 
@@ -92,8 +93,8 @@ class Agreement:
 
 def log_probabilities(model: nn.Module, rows: Sequence[TokenRow]) -> list[np.ndarray]:
     """Log-probabilities at each row's trained positions, float32 (N, V) a row."""
-    narrow_head(model)
     model.eval()
+    narrow_head(model)
     result = []
     for row in rows:
         logits_NxV = trained_logits(model, collate([row]))

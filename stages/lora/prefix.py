@@ -85,11 +85,11 @@ class FrozenPrefix:
     def __init__(self, model: nn.Module, layers: int, cache: StateCache | None = None) -> None:
         self.model, self.layers, self.cache = model, layers, cache
 
-    def states(self, rows: Sequence[TokenRow]) -> States:
-        """The states of rows, padded at their end to the longest; of each row all tokens but the last."""
-        longest = max(len(row.input_ids) for row in rows) - 1
+    def states(self, rows: Sequence[TokenRow], *, length: int | None = None) -> States:
+        """The states of rows, of each all tokens but the last, padded at their end to `length` or to the longest."""
+        length = length or max(len(row.input_ids) for row in rows) - 1
         found = [self._row_states(row.input_ids[:-1]) for row in rows]
-        padded = [mx.pad(states_LxD, [(0, longest - len(states_LxD)), (0, 0)]) for states_LxD in found]
+        padded = [mx.pad(states_LxD, [(0, length - len(states_LxD)), (0, 0)]) for states_LxD in found]
         return States(self.layers, mx.stack(padded))
 
     def mismatch(self, rows: Sequence[TokenRow]) -> str | None:
@@ -99,14 +99,13 @@ class FrozenPrefix:
         the largest logit in float32, 1e-2 in float16, 5e-2 in bfloat16.
         """
         try:
-            states = self.states(rows)
+            states = [self._row_states(row.input_ids[:-1])[:_CHECK_TOKENS] for row in rows]
         except (ValueError, TypeError, AttributeError) as error:
             return f"the model's layers cannot be cut apart ({error})"
-        ids = [row.input_ids[:-1][:_CHECK_TOKENS] for row in rows]
-        for row_ids, hidden_LxD in zip(ids, states.hidden_BxLxD, strict=True):
-            tokens_1xL = mx.array(row_ids[None])
+        for row, hidden_LxD in zip(rows, states, strict=True):
+            tokens_1xL = mx.array(row.input_ids[None, : len(hidden_LxD)])
             plain = self.model(tokens_1xL)
-            with fed(self.model, States(self.layers, hidden_LxD[None, : len(row_ids)])):
+            with fed(self.model, States(self.layers, hidden_LxD[None])):
                 cut = self.model(tokens_1xL)
             difference = mx.abs(plain - cut).max() / mx.abs(plain).max()
             if not float(difference) <= _TOLERANCES.get(plain.dtype, 1e-4):
@@ -123,20 +122,44 @@ class FrozenPrefix:
         return states_LxD
 
     def _computed(self, ids_L: np.ndarray) -> mx.array:
-        layers, training = _layers(self.model), self.model.training
-        first = layers[self.layers]
-        layers[self.layers] = _StandIn(first)
+        training = self.model.training
         self.model.eval()
         try:
-            self.model(mx.array(ids_L[None]))
-        except _ReachedError as reached:
-            states_1xLxD: mx.array = reached.args[0]
-        else:
-            raise ValueError(f"its layer {self.layers} is never called")
+            states_1xLxD = _reaching(self.model, self.layers, mx.array(ids_L[None]))
         finally:
-            layers[self.layers] = first
             self.model.train(training)
-        if not isinstance(states_1xLxD, mx.array) or states_1xLxD.shape[:2] != (1, len(ids_L)):
-            raise ValueError("what a layer passes on is not (B, L, D)")
         mx.eval(states_1xLxD)
         return states_1xLxD[0]
+
+
+def embedded(model: nn.Module, layers: int, tokens_BxL: mx.array) -> States | None:
+    """The embeddings in place of what the lowest layers put out: for checks, in which any hidden states will do.
+
+    So those layers do not run, and their weights need not be read. None if there are no such layers, or no way in.
+    """
+    try:
+        return States(layers, _reaching(model, 0, tokens_BxL)) if layers else None
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
+def _reaching(model: nn.Module, layer: int, tokens_BxL: mx.array) -> mx.array:
+    """What reaches a layer, (B, L, D).
+
+    Raises:
+        ValueError: the layer is never called, or with something else.
+    """
+    layers = _layers(model)
+    there = layers[layer]
+    layers[layer] = _StandIn(there)
+    try:
+        model(tokens_BxL)
+    except _ReachedError as reached:
+        hidden_BxLxD: mx.array = reached.args[0]
+    else:
+        raise ValueError(f"its layer {layer} is never called")
+    finally:
+        layers[layer] = there
+    if not isinstance(hidden_BxLxD, mx.array) or hidden_BxLxD.shape[:2] != tokens_BxL.shape:
+        raise ValueError("what a layer passes on is not (B, L, D)")
+    return hidden_BxLxD

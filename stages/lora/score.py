@@ -12,7 +12,8 @@ import numpy as np
 
 from stages.lora.batches import Batch, collate, sorted_batches
 from stages.lora.distributed import Ranks
-from stages.lora.loss import narrow_head, trained_logits
+from stages.lora.head import narrow_head
+from stages.lora.loss import chunk_scores
 from stages.lora.prefix import FrozenPrefix
 from stages.text.tokens import TokenRow
 
@@ -66,8 +67,8 @@ def score_rows(
     model: nn.Module, rows: Sequence[TokenRow], *, batch_size: int, prefix: FrozenPrefix | None = None
 ) -> Iterator[tuple[int, Score]]:
     """The sums of each row, as (index, score), in no particular order; the model is left in evaluation mode."""
-    narrow_head(model)
     model.eval()
+    narrow_head(model, frozen=prefix.layers if prefix else 0)
     for indices in sorted_batches([len(row.input_ids) for row in rows], batch_size=batch_size):
         batch = collate([rows[i] for i in indices], prefix)
         losses_N, correct_N = _score_tokens(model, batch)
@@ -89,9 +90,10 @@ def gather_scores(scored: Mapping[int, Score], *, rows: int, ranks: Ranks) -> li
 
 
 def _score_tokens(model: nn.Module, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    logits_NxV = trained_logits(model, batch)
-    losses_N = nn.losses.cross_entropy(logits_NxV, batch.targets_N)
-    correct_N = mx.argmax(logits_NxV, axis=-1) == batch.targets_N
-    mx.eval(losses_N, correct_N)
-    # Summed in double precision, in which the order of many terms does not show.
-    return np.array(losses_N).astype(np.float64), np.array(correct_N)
+    losses, correct = [], []
+    for losses_n, correct_n in chunk_scores(model, batch):
+        mx.eval(losses_n, correct_n)
+        # Summed in double precision, in which the order of many terms does not show.
+        losses.append(np.array(losses_n).astype(np.float64))
+        correct.append(np.array(correct_n))
+    return np.concatenate(losses), np.concatenate(correct)

@@ -21,7 +21,8 @@ from stages.fetch import fetch
 from stages.generate import generate
 from stages.lora import adapter, merge
 from stages.lora.batches import Batch, collate
-from stages.lora.loss import narrow_head, token_losses
+from stages.lora.head import narrow_head
+from stages.lora.loss import token_losses
 from stages.lora.model import floating_dtype, load_base, on_cpu
 from stages.lora.phi3 import LongRoPE
 from stages.merge import merge as merge_stage
@@ -41,6 +42,9 @@ TARGETS = {
     "gemma": ["q_proj", "mlp.*", "embed_tokens"],
     "gemma2": ["all-linear", "embed_tokens"],
     "gemma3_text": ["all-linear"],
+    "cohere": ["all-linear"],
+    "granite": ["all-linear"],
+    "minicpm": ["all-linear"],
     "phi3": ["qkv_proj", "gate_up_proj"],
     "mixtral": ["q_proj", "v_proj", "block_sparse_moe.gate", "switch_mlp.*"],
     "phi3_v": ["self_attn.qkv_proj", "self_attn.o_proj", "lm_head"],

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.lora.batches import collate, epoch_batches, sorted_batches
+from stages.lora.batches import Updates, collate, epoch_updates, sorted_batches, split
 from tests.lora.conftest import token_row
+
+ROWS: dict[str, Any] = {"batch_tokens": None, "grad_accumulation": 1}
+
+
+def epoch_batches(lengths: list[int], **options: Any) -> list[np.ndarray]:
+    return epoch_updates(lengths, **(ROWS | options))
+
 
 LENGTHS = st.lists(st.integers(2, 300), min_size=1, max_size=200)
 
@@ -51,6 +61,72 @@ def test_rows_of_like_length_share_a_batch() -> None:
     assert padded < 1.06 * lengths.sum()
     unsorted = sum(int(lengths[i : i + 4].max()) * 4 for i in range(0, 600, 4))
     assert unsorted > 1.25 * lengths.sum()
+
+
+# --- batches by a budget of tokens
+
+
+@given(lengths=LENGTHS, tokens=st.integers(1, 900), accumulation=st.integers(1, 3), epoch=st.integers(0, 3))
+def test_a_budget_takes_every_row_once_and_is_kept(
+    lengths: list[int], tokens: int, accumulation: int, epoch: int
+) -> None:
+    size: dict[str, Any] = {"batch_size": None, "batch_tokens": tokens}
+    updates = epoch_updates(lengths, grad_accumulation=accumulation, seed=0, epoch=epoch, **size)
+    assert sorted(np.concatenate(updates)) == list(range(len(lengths)))
+    for update in updates:
+        sizes = [lengths[i] for i in update]
+        batches = [sizes[part] for part in split(sizes, **size)]
+        assert 0 < len(batches) <= accumulation
+        assert all(len(batch) == 1 or max(batch) * len(batch) <= tokens for batch in batches)
+
+
+@given(lengths=LENGTHS, tokens=st.integers(1, 900))
+def test_a_batch_is_as_full_as_the_budget_allows(lengths: list[int], tokens: int) -> None:
+    parts = split(lengths, batch_size=None, batch_tokens=tokens)
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(len(lengths)))
+    for part in parts[:-1]:
+        with_next = lengths[part.start : part.stop + 1]
+        assert max(with_next) * len(with_next) > tokens
+
+
+@given(
+    lengths=LENGTHS,
+    tokens=st.sampled_from([None, 300, 1500]),
+    accumulation=st.integers(1, 3),
+    steps=st.lists(st.integers(1, 60), min_size=1, max_size=5),
+)
+def test_an_update_is_the_same_in_whatever_order_updates_are_asked_for(
+    lengths: list[int], tokens: int | None, accumulation: int, steps: list[int]
+) -> None:
+    options: dict[str, Any] = {"batch_size": 4 if tokens is None else None, "batch_tokens": tokens}
+    options |= {"grad_accumulation": accumulation, "seed": 3}
+    straight = Updates(lengths, **options)
+    first = [straight.rows(step).tolist() for step in range(1, 61)]
+    epochs = [update.tolist() for epoch in range(60) for update in epoch_updates(lengths, epoch=epoch, **options)]
+    assert first == epochs[:60]
+    assert [Updates(lengths, **options).rows(step).tolist() for step in steps] == [first[step - 1] for step in steps]
+    assert straight.in_epochs(2) == sum(len(epoch_updates(lengths, epoch=epoch, **options)) for epoch in (0, 1))
+
+
+def test_epochs_of_a_budget_may_differ_in_their_updates() -> None:
+    lengths = np.random.default_rng(0).integers(10, 300, 2000).tolist()
+    updates = Updates(lengths, batch_size=None, batch_tokens=700, grad_accumulation=1, seed=0)
+    ends = [updates.in_epochs(epochs) for epochs in range(6)]
+    assert ends[0] == 0
+    assert len({after - before for before, after in pairwise(ends)}) > 1
+    for end in ends[1:]:
+        for rows in (updates.rows(end), updates.rows(end + 1)):
+            assert len(rows) > 0
+        assert sorted(np.concatenate([updates.rows(step) for step in range(1, ends[1] + 1)])) == list(range(2000))
+
+
+def test_a_budget_pads_little() -> None:
+    lengths = np.random.default_rng(0).integers(10, 300, 600)
+    size: dict[str, Any] = {"batch_size": None, "batch_tokens": 1200}
+    updates = epoch_updates(lengths.tolist(), grad_accumulation=1, seed=0, epoch=0, **size)
+    padded = sum(int(lengths[rows].max()) * len(rows) for rows in updates)
+    assert padded < 1.06 * lengths.sum()
+    assert max(map(len, updates)) > 2 * min(map(len, updates))
 
 
 def test_targets_are_the_next_tokens_of_the_masked_positions() -> None:

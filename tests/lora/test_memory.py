@@ -15,6 +15,14 @@ from stages.text.tokens import TokenRow
 from tests.lora.test_adapter import config
 from tests.tiny import write_llama
 
+OPTIONS: dict[str, Any] = {
+    "batch_size": 4,
+    "batch_tokens": None,
+    "grad_checkpoint": False,
+    "fused_loss": False,
+}
+ADVICE: dict[str, Any] = {"batch_size": 4, "batch_tokens": None, "grad_checkpoint": False}
+
 
 @pytest.fixture
 def adapted(model: Any) -> Any:
@@ -23,7 +31,7 @@ def adapted(model: Any) -> Any:
 
 
 def estimated(model: Any, rows: list[TokenRow], **changes: Any) -> memory.Estimate:
-    return memory.estimate(model, rows, **({"batch_size": 4, "grad_checkpoint": False} | changes))
+    return memory.estimate(model, rows, **(OPTIONS | changes))
 
 
 def test_weights_are_counted_to_the_byte(adapted: Any, rows: list[TokenRow]) -> None:
@@ -64,24 +72,45 @@ def test_the_head_grows_with_trained_tokens_and_vocabulary(tmp_path: Path, rows:
     assert heads[1] == 2 * heads[0] > 0
 
 
+def test_the_fused_head_is_a_chunk_at_most(
+    adapted: Any, rows: list[TokenRow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = estimated(adapted, rows)
+    assert estimated(adapted, rows, fused_loss=True).head == few.head
+    monkeypatch.setattr(memory, "chunk_length", lambda vocabulary: 2)
+    assert estimated(adapted, rows, fused_loss=True).head == 13 * 2 * 258 * 4 < few.head
+
+
 def test_what_fits_needs_no_advice(adapted: Any, rows: list[TokenRow]) -> None:
-    assert memory.advice(estimated(adapted, rows), batch_size=4, grad_checkpoint=False) is None
+    assert memory.advice(estimated(adapted, rows), **ADVICE) is None
 
 
 def test_what_may_not_fit_is_told_with_what_helps(adapted: Any, rows: list[TokenRow]) -> None:
     found = estimated(adapted, rows)
     tight = replace(found, available=found.weights + 1)
-    told = memory.advice(tight, batch_size=4, grad_checkpoint=False)
+    told = memory.advice(tight, **ADVICE)
     assert told is not None
     assert "train.batch_size below 4" in told and "train.grad_checkpoint: true" in told
-    again = memory.advice(tight, batch_size=1, grad_checkpoint=True)
+    again = memory.advice(tight, **ADVICE | {"batch_size": 1, "grad_checkpoint": True})
     assert again is not None and "batch_size" not in again and "grad_checkpoint" not in again
+    by_tokens = memory.advice(tight, **ADVICE | {"batch_size": None, "batch_tokens": 512})
+    assert by_tokens is not None and "train.batch_tokens below 512" in by_tokens
+
+
+def test_a_budget_of_tokens_is_the_widest_batch(adapted: Any, rows: list[TokenRow]) -> None:
+    longest = max(len(row.input_ids) for row in rows)
+    by_rows, by_tokens = (
+        estimated(adapted, rows, batch_size=size, batch_tokens=tokens)
+        for size, tokens in ((2, None), (None, 2 * longest))
+    )
+    assert by_tokens.activations == by_rows.activations
+    assert by_rows.head <= by_tokens.head <= 3 * 4 * 258 * 2 * longest
 
 
 def test_weights_beyond_the_memory_are_refused(adapted: Any, rows: list[TokenRow]) -> None:
     found = estimated(adapted, rows)
     with pytest.raises(ValueError, match=r"weights take .* choose a smaller or a quantised model"):
-        memory.advice(replace(found, available=found.weights - 1), batch_size=4, grad_checkpoint=False)
+        memory.advice(replace(found, available=found.weights - 1), **ADVICE)
 
 
 def test_available_memory_is_this_machines() -> None:

@@ -16,7 +16,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from types import FunctionType
 from typing import Any, cast
 
@@ -532,8 +531,7 @@ def install(model: nn.Module, rows: Sequence[TokenRow], *, frozen: int = 0) -> s
     if types != {mx.float32}:
         return "the fast CPU kernels are off: they need model.dtype float32"
     model.eval()  # no dropout, which would differ between the two
-    beginnings = [replace(row, input_ids=row.input_ids[: _COMPARED_TOKENS + 1]) for row in rows[:2]]
-    tokens_BxL = collate(beginnings).inputs_BxL
+    tokens_BxL = collate(rows[:2]).inputs_BxL[:, :_COMPARED_TOKENS]
     skipped = _skipped(model, frozen, tokens_BxL)
     plain = _answers(model, tokens_BxL, skipped)
     _replace(model)

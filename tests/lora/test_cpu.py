@@ -223,7 +223,7 @@ def test_every_architecture_has_the_same_loss_and_gradient(
     model = adapted(directory, name, kind)
     plain = loss_and_gradient(model, rows[5:9])
     assert cpu.install(model, rows) is None
-    assert {"RMSNorm"} < fast_modules(model)
+    assert any("Attention" in kind for kind in fast_modules(model))
     if recompute:
         recompute_activations(model)
     fast = loss_and_gradient(model, rows[5:9])

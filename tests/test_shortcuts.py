@@ -104,6 +104,21 @@ def test_whatever_shapes_the_states_makes_another_cache(
     assert len(caches()) == 7
 
 
+def test_what_is_skipped_takes_no_memory(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlx.core as mx
+
+    wide = write_llama(tmp_path / "wide", intermediate_size=60_000, num_hidden_layers=4)
+    Path("params.yaml").write_text(small_params(source=str(wide)), encoding="utf-8")
+    fetch()
+    tokenize()
+    taken = []
+    monkeypatch.setattr("stages.lora.loop.Trainer.finish", lambda trainer: taken.append(mx.get_active_memory()))
+    for _ in ("computed", "read"):
+        train(overrides=["train.iters=1", "train.batch_size=1", "train.val_batches=1"])
+    two_layers = 2 * 3 * 32 * 60_000 * 4
+    assert taken[0] - taken[1] > 0.9 * two_layers
+
+
 def test_with_and_without_it_the_loss_is_the_same(tokens: Path) -> None:
     losses = {}
     for mode in ("off", "on", "auto"):

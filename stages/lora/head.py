@@ -74,7 +74,9 @@ def logits_at(model: nn.Module, tokens_BxL: mx.array, positions_N: mx.array) -> 
 
 def head_is_trained(model: nn.Module) -> bool:
     """Whether a gradient reaches trainable weights in a narrowed model's head, or in an embedding that is its head."""
-    hidden_1xD = mx.ones_like(hidden_at(model, mx.array([[1]]), mx.array([0])))
+    tokens_1x1 = mx.array([[1]])
+    with fed(model, embedded(model, len(model.layers) - 1, tokens_1x1)):  # for its shape, of which one layer tells
+        hidden_1xD = mx.ones_like(hidden_at(model, tokens_1x1, mx.array([0])))
     _, gradients = nn.value_and_grad(model, lambda model: head_logits(model, hidden_1xD).sum())(model)
     return any(gradient.any().item() for _, gradient in tree_flatten(gradients))
 

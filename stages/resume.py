@@ -19,7 +19,8 @@ from stages import console, interrupts
 if TYPE_CHECKING:
     from stages.lora.checkpoint import Checkpoints
     from stages.lora.distributed import Ranks
-    from stages.lora.loop import Event, Trainer
+    from stages.lora.loop import Trainer
+    from stages.lora.progress import Event
 
 LOCK_SECONDS = 60  # how long to wait for another process of the same run to leave
 

@@ -16,7 +16,8 @@ from stages.clock import Clock, peak_memory
 
 if TYPE_CHECKING:
     from stages.lora.adapter import LoraConfig
-    from stages.lora.loop import Event, TrainConfig, Trainer
+    from stages.lora.loop import TrainConfig, Trainer
+    from stages.lora.progress import Event
     from stages.text.tokens import TokenRow
 
 

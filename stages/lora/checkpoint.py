@@ -22,7 +22,7 @@ import mlx.core as mx
 from stages.files import digest_of, replacing, sha256
 from stages.lora.arrays import write_arrays
 from stages.lora.distributed import ALONE, Ranks
-from stages.lora.loop import Snapshot
+from stages.lora.progress import Snapshot
 
 KEPT = 2
 _ARRAYS, _PROGRESS, _SUMS = "arrays.safetensors", "progress.json", "SHA256SUMS"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from stages.lora.loop import Progress, Trainer
+from stages.lora.loop import Trainer
+from stages.lora.progress import Progress
 
 
 def curves(progress: Progress) -> dict[str, str]:

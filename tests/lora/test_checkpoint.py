@@ -13,7 +13,7 @@ import pytest
 
 from stages.lora import checkpoint
 from stages.lora.checkpoint import BusyError, Checkpoints, fingerprint
-from stages.lora.loop import Snapshot
+from stages.lora.progress import Snapshot
 
 
 def snapshot(step: int) -> Snapshot:

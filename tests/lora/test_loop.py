@@ -16,9 +16,10 @@ from mlx.utils import tree_flatten
 
 from stages.lora import adapter
 from stages.lora.batches import collate
-from stages.lora.loop import Snapshot, TrainConfig, Trainer, validation_rows
+from stages.lora.loop import TrainConfig, Trainer, validation_rows
 from stages.lora.loss import sum_loss
 from stages.lora.model import load_base
+from stages.lora.progress import Snapshot
 from stages.lora.record import summary
 from stages.text.tokens import TokenRow
 from tests.lora.conftest import token_row

@@ -31,7 +31,7 @@ from safetensors.numpy import load_file
 
 from stages import console
 from stages.evaluate import evaluate
-from stages.lora import adapter, distributed, loop
+from stages.lora import adapter, distributed, loop, progress
 from stages.lora.distributed import ALONE, Ranks
 from stages.lora.loop import TrainConfig, Trainer
 from stages.lora.model import load_base
@@ -81,7 +81,7 @@ def test_ranks_get_about_as_many_tokens() -> None:
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("count", [11, 3])
 def test_the_ranks_gradients_sum_up_to_the_whole(tiny_llama: Path, rows: list[TokenRow], size: int, count: int) -> None:
-    def gradients(ranks: Ranks) -> tuple[dict[str, mx.array], loop.Sums]:
+    def gradients(ranks: Ranks) -> tuple[dict[str, mx.array], progress.Sums]:
         model = load_base(tiny_llama)[0]
         adapter.attach(model, config(), seed=0)
         options = OPTIONS | {"batch_size": 6, "grad_accumulation": 2}

@@ -1,0 +1,223 @@
+"""Who is measured, and how one run of each becomes the same few figures.
+
+(a) `mlx_lm.lora` as it comes, (b) the same under an optimised BLAS, (c) PEFT on PyTorch, (d) this project with its
+savings off, (e) with one saving after another. All do the same updates on the ground that `benchmarks.ground` made.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import mlx_lm_peer
+from benchmarks.ground import EPOCHS, SEED, our_settings
+from benchmarks.processes import overrides, run
+from stages import params
+
+Settings = dict[str, Any]
+# In the order in which they are added; each with what it is off by.
+SAVINGS: dict[str, tuple[Settings, Settings]] = {
+    "frozen layers cached": ({"train.cache_frozen": "off"}, {"train.cache_frozen": "on"}),
+    "fused loss": ({"train.fused_loss": False}, {"train.fused_loss": True}),
+    "compiled step": ({"train.compile": "off"}, {"train.compile": "on"}),
+    "CPU kernels": ({"model.cpu_kernels": False}, {"model.cpu_kernels": True}),
+}
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What `benchmarks.ground` made, and the shape of the work on it."""
+
+    folder: Path
+    kind: str  # of loss
+    per_epoch: int  # updates
+    lora: dict[str, Any]
+    training: dict[str, Any]
+
+    @property
+    def updates(self) -> int:
+        return self.per_epoch * EPOCHS
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The training, with its length."""
+        return self.training | {"updates": self.updates}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One run. Rates are in real tokens of the rows a second, prompts included and padding not."""
+
+    first_epoch: float  # without the first update
+    second_epoch: float
+    seconds_to_first_update: float
+    peak_memory_bytes: int
+    evaluation: float | None = None  # tokens a second
+    cached_evaluation: float | None = None  # of the same rows for the second time
+    adapter: str | None = None
+    losses: tuple[float, ...] = ()  # of each update, before it
+    padded_share: float | None = None
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`run(ground, folder)` measures it once, in a new folder."""
+
+    name: str
+    run: Callable[[Ground, Path], Figures]
+    same_updates: bool = True  # as the others: its losses are comparable
+    once: bool = False  # so slow that it takes part in one round alone
+
+
+def contenders(peers: str | None, *, stock: bool, token_budget: int) -> list[Contender]:
+    """All of them; (c) if there is a Python with PEFT, (a) if MLX's own BLAS is a slow one."""
+    found = [Contender("(b) mlx_lm.lora, OpenBLAS" if stock else "(b) mlx_lm.lora", mlx_lm)]
+    if peers is not None:
+        found.append(Contender("(c) PEFT on PyTorch", lambda ground, folder: peft(ground, folder, python=peers)))
+    off = known({key: value for without, _ in SAVINGS.values() for key, value in without.items()})
+    off |= known({"train.batch_tokens": None})
+    found.append(Contender("(d) lorabuild, plain", ours(off)))
+    on = dict(off)
+    for name, (_, given) in SAVINGS.items():
+        if known(given):
+            on |= given
+            found.append(Contender(f"(e) + {name}", ours(dict(on))))
+    if known({"train.batch_tokens": token_budget}):
+        found.append(Contender("(e) + batches by tokens", ours(on | {"train.batch_tokens": token_budget}), False))
+    if stock:
+        # Last, when the kernels that mx.compile makes are there.
+        found.append(Contender("(a) mlx_lm.lora as it comes", mlx_lm_stock, same_updates=False, once=True))
+    return found
+
+
+def known(settings: Settings) -> Settings:
+    """Those that this version has."""
+    fields = params.Params.model_fields
+    return {
+        key: value
+        for key, value in settings.items()
+        if key.split(".")[1] in fields[key.split(".")[0]].annotation.model_fields  # type: ignore[union-attr]
+    }
+
+
+def ours(savings: Settings) -> Callable[[Ground, Path], Figures]:
+    """This project's stages, with these parameters."""
+
+    def measure(ground: Ground, folder: Path) -> Figures:
+        training = ground.settings
+        settings = our_settings(lora=ground.lora, training=training, seed=SEED) | savings
+        train_ours(ground, folder, settings)
+        timing = json.loads((folder / "timing.json").read_text())
+        first, second = timing.get("tokens_per_second_by_epoch", [timing["tokens_per_second"]] * 2)[:2]
+        losses = [float(line.split(",")[1]) for line in (folder / "plots" / "loss.csv").read_text().splitlines()[1:]]
+        _stage(ground, folder, "evaluate", settings | {"evaluate.batch_size": training["batch_size"]})
+        evaluation = json.loads((folder / "evaluate-timing.json").read_text())
+        return Figures(
+            first,
+            second,
+            timing.get("seconds_to_first_update", timing.get("seconds_to_first_event")),
+            timing["peak_memory_bytes"],
+            evaluation["base_tokens_per_second"],
+            evaluation["adapter_tokens_per_second"],
+            str(folder / "adapter"),
+            tuple(losses),
+            timing.get("padded_share"),
+        )
+
+    return measure
+
+
+def train_ours(ground: Ground, folder: Path, settings: Settings) -> None:
+    """The train stage; adapter, plots and timing go to the folder, which checkpoints and caches are in too."""
+    _stage(ground, folder, "train", settings)
+
+
+def _stage(ground: Ground, folder: Path, name: str, settings: Settings) -> None:
+    outputs = {
+        "train": ["--out", "adapter", "--plots", "plots", "--timing", "timing.json"],
+        "evaluate": ["--adapter", "adapter", "--out", "evaluate", "--timing", "evaluate-timing.json"],
+    }[name]
+    inputs = [str(ground.folder / ground.kind / "tokens"), "--base", str(ground.folder / "base.json")]
+    numbers = ["--params", str(ground.folder / "params.yaml"), *overrides(settings)]
+    run(
+        ["-m", f"stages.{name}", *inputs, *outputs, "--metrics", f"{name}.json", *numbers],
+        folder=folder,
+        log=folder / f"{name}.log",
+        store=ground.folder / "store",
+    )
+
+
+def mlx_lm(ground: Ground, folder: Path) -> Figures:
+    """mlx_lm.lora under the BLAS that this project uses, its evaluation behind the training."""
+    found = _mlx_lm(ground, folder, rows="rows.json", blas=True, updates=ground.updates, test=True)
+    return _figures(ground, folder, found)
+
+
+def mlx_lm_stock(ground: Ground, folder: Path) -> Figures:
+    """mlx_lm.lora with MLX's own BLAS, for one update: a minute's work at three tokens a second."""
+    found = _mlx_lm(ground, folder, rows="one.json", blas=False, updates=1, test=False)
+    rate = sum(found["tokens"]) / sum(found["seconds"])
+    return Figures(rate, rate, found["seconds_to_first_update"], found["peak_memory_bytes"])
+
+
+def _mlx_lm(ground: Ground, folder: Path, *, rows: str, blas: bool, updates: int, test: bool) -> dict[str, Any]:
+    spec = {"blas": blas, "rows": str(ground.folder / ground.kind / rows)}
+    config = mlx_lm_peer.settings(
+        model=ground.folder / "float32",
+        data=folder,
+        adapter=folder / "adapter",
+        lora=ground.lora,
+        training=ground.settings | {"updates": updates},
+        seed=SEED,
+    )
+    config |= {"resume_adapter_file": str(ground.folder / "start" / "adapters.safetensors")}
+    config |= {"test": test, "test_batches": -1}
+    (folder / "spec.json").write_text(json.dumps(spec))
+    (folder / "config.json").write_text(json.dumps(config))
+    run(
+        ["-m", "benchmarks.mlx_lm_peer", "spec.json", "record.json", "lora", "--config", "config.json"],
+        folder=folder,
+        log=folder / "train.log",
+        store=ground.folder / "store",
+    )
+    return dict(json.loads((folder / "record.json").read_text()))
+
+
+def peft(ground: Ground, folder: Path, *, python: str) -> Figures:
+    """PEFT, in the environment of that Python."""
+    spec = {
+        "model": str(ground.folder / "float32"),
+        "start": str(ground.folder / "start" / "adapters.safetensors"),
+        "rows": str(ground.folder / ground.kind / "rows.json"),
+        "adapter": "adapter",
+        "lora": ground.lora,
+        "training": ground.settings,
+    }
+    (folder / "spec.json").write_text(json.dumps(spec))
+    arguments = ["-m", "benchmarks.peft_peer", "spec.json", "record.json"]
+    run(arguments, folder=folder, log=folder / "train.log", python=python)
+    # For the one scorer of all adapters.
+    shutil.copyfile(ground.folder / "start" / "adapter_config.json", folder / "adapter" / "adapter_config.json")
+    return _figures(ground, folder, json.loads((folder / "record.json").read_text()))
+
+
+def _figures(ground: Ground, folder: Path, found: dict[str, Any]) -> Figures:
+    """Of a peer's record: its first update, in which it compiles and warms up, is left out of the first epoch."""
+    seconds, tokens, border = found["seconds"], found["tokens"], ground.per_epoch
+    return Figures(
+        sum(tokens[1:border]) / sum(seconds[1:border]),
+        sum(tokens[border:]) / sum(seconds[border:]),
+        found["seconds_to_first_update"],
+        found["peak_memory_bytes"],
+        found["evaluate_tokens_per_second"],
+        None,
+        str(folder / "adapter"),
+        tuple(found["losses"]),
+    )

@@ -1,8 +1,8 @@
 """PEFT on PyTorch, on the same batches: a plain loop that leaves nothing on the table.
 
 `python -m benchmarks.peft_peer SPEC RECORD` in the peers' environment; nothing of this project is imported. float32,
-all cores, causal attention without a padding mask (rows are padded at their end, where no trained token looks), no graph
-below the first adapted layer (PyTorch records none where nothing is trained), the head on trained positions only.
+all cores, causal attention without a padding mask (rows are padded at their end, where no trained token looks), no
+graph below the first adapted layer (PyTorch records none where nothing is trained), the head on trained positions only.
 """
 
 from __future__ import annotations

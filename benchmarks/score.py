@@ -21,7 +21,6 @@ BATCH_SIZE = 4
 
 def losses(model_dir: Path, adapters: Sequence[Path], rows: Sequence[TokenRow]) -> list[tuple[float, float]]:
     """Of the base and of each adapter, all of one shape: over all trained tokens, and without the EOS of each row."""
-    import mlx.core as mx
     import mlx.nn as nn
     import numpy as np
 

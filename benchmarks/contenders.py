@@ -156,18 +156,21 @@ def _stage(ground: Ground, folder: Path, name: str, settings: Settings) -> None:
 
 def mlx_lm(ground: Ground, folder: Path) -> Figures:
     """mlx_lm.lora under the BLAS that this project uses, its evaluation behind the training."""
-    found = _mlx_lm(ground, folder, rows="rows.json", blas=True, updates=ground.updates, test=True)
+    _, found = run_mlx_lm(ground, folder, rows="rows.json", blas=True, updates=ground.updates, test=True)
     return _figures(ground, folder, found)
 
 
 def mlx_lm_stock(ground: Ground, folder: Path) -> Figures:
     """mlx_lm.lora with MLX's own BLAS, for one update: a minute's work at three tokens a second."""
-    found = _mlx_lm(ground, folder, rows="one.json", blas=False, updates=1, test=False)
+    _, found = run_mlx_lm(ground, folder, rows="one.json", blas=False, updates=1, test=False)
     rate = sum(found["tokens"]) / sum(found["seconds"])
     return Figures(rate, rate, found["seconds_to_first_update"], found["peak_memory_bytes"])
 
 
-def _mlx_lm(ground: Ground, folder: Path, *, rows: str, blas: bool, updates: int, test: bool) -> dict[str, Any]:
+def run_mlx_lm(
+    ground: Ground, folder: Path, *, rows: str, blas: bool, updates: int, test: bool
+) -> tuple[float, dict[str, Any]]:
+    """The whole command's seconds, and what `benchmarks.mlx_lm_peer` recorded."""
     spec = {"blas": blas, "rows": str(ground.folder / ground.kind / rows)}
     config = mlx_lm_peer.settings(
         model=ground.folder / "float32",
@@ -181,13 +184,13 @@ def _mlx_lm(ground: Ground, folder: Path, *, rows: str, blas: bool, updates: int
     config |= {"test": test, "test_batches": -1}
     (folder / "spec.json").write_text(json.dumps(spec))
     (folder / "config.json").write_text(json.dumps(config))
-    run(
+    done = run(
         ["-m", "benchmarks.mlx_lm_peer", "spec.json", "record.json", "lora", "--config", "config.json"],
         folder=folder,
         log=folder / "train.log",
         store=ground.folder / "store",
     )
-    return dict(json.loads((folder / "record.json").read_text()))
+    return done.seconds, json.loads((folder / "record.json").read_text())
 
 
 def peft(ground: Ground, folder: Path, *, python: str) -> Figures:

@@ -125,8 +125,8 @@ def write_rows(folder: Path, kind: str, train: Sequence[TokenRow], held_out: Seq
     ]
     scored = sorted_batches([len(row.input_ids) for row in held_out], batch_size=size)
     content = {
-        "train": [[_plain(train[i]) for i in batch] for batch in order],
-        "evaluate": [[_plain(held_out[i]) for i in batch] for batch in scored],
+        "train": [[plain(train[i]) for i in batch] for batch in order],
+        "evaluate": [[plain(held_out[i]) for i in batch] for batch in scored],
     }
     files.write_json(folder / kind / "rows.json", content)
     # For a trainer of which one update must do: the batch that mlx-lm pads least, of the shorter half.
@@ -134,7 +134,8 @@ def write_rows(folder: Path, kind: str, train: Sequence[TokenRow], held_out: Seq
     files.write_json(folder / kind / "one.json", {"train": [min(shorter, key=_padding_share)], "evaluate": []})
 
 
-def _plain(row: TokenRow) -> dict[str, Any]:
+def plain(row: TokenRow) -> dict[str, Any]:
+    """A row's ids, and which is the first trained one: all behind it are, or it is none for mlx-lm."""
     first = int(row.loss_mask.argmax())
     if not row.loss_mask[first:].all():
         raise ValueError(f"{row.source}: an answer that does not end its row is no loss that mlx-lm knows")

@@ -2,8 +2,9 @@
 
 `python -m benchmarks.mlx_lm_peer SPEC RECORD lora --config …` runs `mlx_lm lora --config …` in this process. SPEC is a
 JSON file: `blas`, whether an optimised BLAS is loaded before MLX; and perhaps `rows`, a file of token rows in batches
-(`train`, `evaluate`) to use in place of the text that mlx-lm would tokenise, so that both trainers see the same tokens,
-masks and batches. Nothing of this project is imported but the BLAS; trainer, loss, evaluation and command are mlx-lm's.
+(`train`, `evaluate`, perhaps `validate`) to use in place of the text that mlx-lm would tokenise, so that both trainers
+see the same tokens, masks and batches. Nothing of this project is imported but the BLAS; trainer, loss, evaluation and
+command are mlx-lm's.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Watcher:
         def watched_evaluate(*arguments: Any, **options: Any) -> Any:
             lengths: list[list[int]] = []
             started = time.perf_counter()
-            loss = evaluate(*arguments, iterate_batches=partial(watched, lengths), **options)
+            loss = evaluate(*arguments, **options | {"iterate_batches": partial(watched, lengths)})
             self.evaluated = (sum(map(sum, lengths)), time.perf_counter() - started)
             return loss
 
@@ -140,7 +141,8 @@ def use_token_rows(path: Path) -> None:
         order = np.random.RandomState(options.seed).permutation(len(content["train"]))
         placed = sorted(zip(order.tolist(), content["train"], strict=True), key=lambda pair: pair[0])
         train = [row for _, batch in placed for row in batch]
-        return TokenRows(train), TokenRows([]), TokenRows([row for batch in content["evaluate"] for row in batch])
+        test = [row for batch in content["evaluate"] for row in batch]
+        return TokenRows(train), TokenRows(content.get("validate", [])), TokenRows(test)
 
     datasets.load_dataset = load_dataset
 

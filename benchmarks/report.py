@@ -49,10 +49,11 @@ def _head(found: Entry) -> str:
     answers, whole = found["batches"]["answers"], found["batches"]["whole"]
     return (
         f"{found['machine']}. {versions}.\n\n"
-        f"Rows of {found['data']}: {whole['tokens']:,.0f} tokens an update on the average, of which the whole-text loss "
-        f"trains on {whole['trained_tokens']:,.0f} and the answer-only loss on {answers['trained_tokens']:,.0f}; the "
-        f"longest row has {whole['longest']}. {found['updates']} updates, the second half of them on the rows of the "
-        f"first. Medians of {found['rounds']} rounds, lowest to highest in brackets; (a) was measured once, for one update."
+        f"Rows of {found['data']}: {whole['tokens']:,.0f} tokens an update on the average, of which the whole-text "
+        f"loss trains on {whole['trained_tokens']:,.0f} and the answer-only loss on {answers['trained_tokens']:,.0f}; "
+        f"the longest row has {whole['longest']}. {found['updates']} updates, the second half of them on the rows of "
+        f"the first. Medians of {found['rounds']} rounds, lowest to highest in brackets; (a) was measured once, for one "
+        "update."
     )
 
 

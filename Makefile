@@ -25,8 +25,8 @@ test: $(VENV)/.dev lint ## Lint, check types, run the tests
 fault-test: $(VENV)/.dev ## Kill training at 20 random moments and compare what it ends in
 	@python -m tests.faults
 
-bench: setup $(PEERS)/.done ## Measure beside mlx_lm.lora and PEFT (DATA=dir SET=key=value ROUNDS=3)
-	@python -m benchmarks.bench --peers $(CURDIR)/$(PEERS)/bin/python --rounds $(or $(ROUNDS),3) \
+bench: setup $(PEERS)/.done ## Measure beside mlx_lm.lora and PEFT (DATA=dir SET=key=value QUICK=1)
+	@python -m benchmarks.bench --peers $(CURDIR)/$(PEERS)/bin/python $(if $(QUICK),--quick) \
 	  $(if $(DATA),--data $(DATA)) $(if $(SET),--set '$(SET)')
 
 bench-sweep: setup ## Time six experiments against six runs of mlx_lm.lora

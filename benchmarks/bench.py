@@ -34,15 +34,17 @@ def bench(
     data: Annotated[Path | None, typer.Option(help="A file or folder of rows, instead of data/raw.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="For prepare and tokenize.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 3,
-    updates: Annotated[int, typer.Option(min=2, help="Batches an epoch; each run is two epochs.")] = 4,
+    updates: Annotated[int, typer.Option(min=2, help="Batches an epoch; each run is two epochs.")] = 2,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One round, without each saving by itself and growth.")
+    ] = False,
     peers: Annotated[Path | None, typer.Option(help="The Python of an environment with torch and peft.")] = None,
     only: Annotated[str, typer.Option(help="The letters of the contenders to measure.")] = "abcde",
-    with_growth: Annotated[bool, typer.Option("--growth/--no-growth", help="With the figures of growth.")] = True,
     out: Annotated[Path, typer.Option(help="The folder for the results.")] = RESULTS,
     keep: Annotated[Path | None, typer.Option(help="Work in this new folder and leave it there.")] = None,
 ) -> None:
     """Speed, memory and loss of mlx_lm.lora, PEFT and this project, side by side."""
-    started = time.perf_counter()
+    started, rounds = time.perf_counter(), 1 if quick else rounds
     if keep is not None:
         keep.mkdir(parents=True)
     with nullcontext(str(keep.resolve())) if keep else tempfile.TemporaryDirectory() as name:
@@ -63,7 +65,7 @@ def bench(
         }
         budget = round(found["batches"]["whole"]["tokens"])
         field = contenders(str(peers) if peers else None, stock=blas.is_needed(), token_budget=budget)
-        field = [contender for contender in field if contender.name[1] in only]
+        field = [each for each in field if each.name[1] in only and not (quick and each.is_step)]
         found["kinds"] = measure(folder, work, field, rounds)
         for kind in KINDS:
             with console.progress(f"scoring {kind}"):
@@ -71,7 +73,7 @@ def bench(
                 child = ["-m", "benchmarks.limit", str(folder / "ground"), kind, str(folder / "limit.json")]
                 run(child, folder=ROOT, log=folder / "limit.log")
                 found.setdefault("limit", {})[kind] = json.loads((folder / "limit.json").read_text())
-        if with_growth:
+        if not quick:
             rivals = [each for each in field if each.name.startswith("(b)")]
             rivals += [each for each in field if each.name.startswith("(e)") and each.same_updates][-1:]
             found["growth"] = growth.measure(folder / "growth", rivals, ends_only=rounds == 1, tell=console.say)
@@ -98,7 +100,8 @@ def measure(
                     figures = contender.run(ground, place).plain()
                 console.say(
                     f"round {number + 1}  {kind:8} {contender.name:32} "
-                    f"{figures['first_epoch']:6,.0f} {figures['second_epoch']:6,.0f} tokens/s"
+                    f"{figures['first_epoch']:6,.0f} {figures['second_epoch']:6,.0f} tokens/s  "
+                    f"{figures['peak_memory_bytes'] / 1e6:6,.0f} MB"
                 )
                 for each in work if contender.once else [kind]:
                     entry = found[each].setdefault(contender.name, {"runs": []})

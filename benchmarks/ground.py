@@ -31,7 +31,6 @@ TRAINING: dict[str, Any] = {
     "max_length": 512,
 }
 SEED, EPOCHS = 0, 2
-EVALUATE_BATCHES = 4
 
 
 def make(
@@ -57,9 +56,7 @@ def make(
         identity = base.read(folder / "base.json").tokenizer_identity
         rows = {name: read_tokens(folder / kind / "all" / f"{name}.parquet", tokenizer=identity) for name in SPLITS}
         held_out = [*rows["valid"], *rows["test"]]
-        size = TRAINING["batch_size"]
-        batches = min(EVALUATE_BATCHES, len(held_out) // size)
-        write_rows(folder, kind, spread(rows["train"], batches=updates), spread(held_out, batches=batches))
+        write_rows(folder, kind, spread(rows["train"], batches=updates), spread(held_out, batches=updates // 2))
     write_start(folder, LORA)
 
 
@@ -129,9 +126,9 @@ def write_rows(folder: Path, kind: str, train: Sequence[TokenRow], held_out: Seq
         "evaluate": [[plain(held_out[i]) for i in batch] for batch in scored],
     }
     files.write_json(folder / kind / "rows.json", content)
-    # For a trainer of which one update must do: the batch that mlx-lm pads least, of the shorter half.
-    shorter = sorted(content["train"], key=_tokens)[: max(len(order) // 2, 1)]
-    files.write_json(folder / kind / "one.json", {"train": [min(shorter, key=_padding_share)], "evaluate": []})
+    # For a trainer of which one row must do: the one that mlx-lm pads least.
+    least = min((row for batch in content["train"] for row in batch), key=lambda row: -len(row["ids"]) % 32)
+    files.write_json(folder / kind / "one.json", {"train": [[least]], "evaluate": []})
 
 
 def plain(row: TokenRow) -> dict[str, Any]:
@@ -140,15 +137,6 @@ def plain(row: TokenRow) -> dict[str, Any]:
     if not row.loss_mask[first:].all():
         raise ValueError(f"{row.source}: an answer that does not end its row is no loss that mlx-lm knows")
     return {"ids": row.input_ids.tolist(), "first": first}
-
-
-def _tokens(batch: Sequence[dict[str, Any]]) -> int:
-    return sum(len(row["ids"]) for row in batch)
-
-
-def _padding_share(batch: Sequence[dict[str, Any]]) -> float:
-    width = -(-max(len(row["ids"]) for row in batch) // 32) * 32
-    return 1 - _tokens(batch) / (width * len(batch))
 
 
 def write_start(folder: Path, lora: dict[str, Any]) -> None:

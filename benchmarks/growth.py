@@ -93,7 +93,7 @@ def make(folder: Path, shape: dict[str, int]) -> None:
         return [TokenRow(str(i), f"random:{i}", row, mask, 0, False) for i, row in enumerate(ids)]
 
     size = ground.TRAINING["batch_size"]
-    ground.write_rows(folder, "answers", rows(BATCHES * size), rows(BATCHES * size))
+    ground.write_rows(folder, "answers", rows(BATCHES * size), rows(size))
     ground.write_start(folder, _work(shape)[0])
 
 

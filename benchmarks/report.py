@@ -52,8 +52,8 @@ def _head(found: Entry) -> str:
         f"Rows of {found['data']}: {whole['tokens']:,.0f} tokens an update on the average, of which the whole-text "
         f"loss trains on {whole['trained_tokens']:,.0f} and the answer-only loss on {answers['trained_tokens']:,.0f}; "
         f"the longest row has {whole['longest']}. {found['updates']} updates, the second half of them on the rows of "
-        f"the first. Medians of {found['rounds']} rounds, lowest to highest in brackets; (a) was measured once, for one "
-        "update."
+        f"the first. Medians of {found['rounds']} rounds, lowest to highest in brackets; (a) was measured once, in one "
+        "update on one row."
     )
 
 

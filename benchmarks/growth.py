@@ -57,7 +57,7 @@ def _measure_shape(folder: Path, shape: dict[str, int], field: list[Contender]) 
     spec = folder / "shape.json"
     spec.write_text(json.dumps(shape))
     run(["-m", "benchmarks.growth", str(folder / "ground"), str(spec)], folder=ROOT, log=folder / "ground.log")
-    lora, training = _work(shape)
+    lora, training = lora_and_training(shape)
     work = Ground(folder / "ground", "answers", BATCHES, lora, training)
     figures: dict[str, Figures] = {}
     for number, contender in enumerate(field):
@@ -68,7 +68,7 @@ def _measure_shape(folder: Path, shape: dict[str, int], field: list[Contender]) 
     return {"weights_bytes": weights, "figures": {name: each.plain() for name, each in figures.items()}}
 
 
-def _work(shape: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+def lora_and_training(shape: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
     return (
         ground.LORA | {"layers": ADAPTED, "rank": shape["rank"]},
         ground.TRAINING | {"max_length": shape["length"] + 1},
@@ -90,11 +90,11 @@ def make(folder: Path, shape: dict[str, int]) -> None:
 
     def rows(count: int) -> list[TokenRow]:
         ids = rng.integers(2, shape["vocabulary"], (count, shape["length"]), dtype=np.int32)
-        return [TokenRow(str(i), f"random:{i}", row, mask, 0, False) for i, row in enumerate(ids)]
+        return [TokenRow(str(i), f"random:{i}", row, mask, int(mask.sum()), False) for i, row in enumerate(ids)]
 
     size = ground.TRAINING["batch_size"]
     ground.write_rows(folder, "answers", rows(BATCHES * size), rows(size))
-    ground.write_start(folder, _work(shape)[0])
+    ground.write_start(folder, lora_and_training(shape)[0])
 
 
 def _write_model(folder: Path, shape: dict[str, int]) -> None:

@@ -32,9 +32,9 @@ def products(
     qkv = [(width, query), (width, key), (width, key)]
     rest = [(query, width), (width, inner), (width, inner), (inner, width)]
     found: list[Product] = []
-    for inside, outside in qkv + rest:
-        backward = layers - 1 if (inside, outside) in qkv else layers
-        found += [(tokens, inside, outside, True, layers), (tokens, outside, inside, False, backward)]
+    for shapes, backward in ((qkv, layers - 1), (rest, layers)):
+        for inside, outside in shapes:
+            found += [(tokens, inside, outside, True, layers), (tokens, outside, inside, False, backward)]
     # Low rank: forward, and the gradients of A, of B and of what is between.
     for inside, outside in (qkv[0], qkv[2]):
         found += [(tokens, inside, rank, False, 2 * layers), (tokens, rank, outside, False, 3 * layers)]

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import mlx_lm_peer
 from benchmarks.ground import EPOCHS, SEED, our_settings
-from benchmarks.processes import overrides, run
+from benchmarks.processes import Done, overrides, run
 from stages import params
 
 Settings = dict[str, Any]
@@ -116,7 +116,7 @@ def ours(savings: Settings, *, evaluate: bool = False) -> Callable[[Ground, Path
     def measure(ground: Ground, folder: Path) -> Figures:
         training = ground.settings
         settings = our_settings(lora=ground.lora, training=training, seed=SEED) | savings
-        _stage(ground, folder, "train", settings)
+        done = _stage(ground, folder, "train", settings)
         timing = json.loads((folder / "timing.json").read_text())
         first, second = timing.get("tokens_per_second_by_epoch", [timing["tokens_per_second"]] * 2)[:2]
         losses = [float(line.split(",")[1]) for line in (folder / "plots" / "loss.csv").read_text().splitlines()[1:]]
@@ -128,7 +128,7 @@ def ours(savings: Settings, *, evaluate: bool = False) -> Callable[[Ground, Path
             first,
             second,
             timing.get("seconds_to_first_update", timing.get("seconds_to_first_event")),
-            timing["peak_memory_bytes"],
+            done.peak_memory_bytes,
             evaluation.get("base_tokens_per_second"),
             evaluation.get("adapter_tokens_per_second"),
             str(folder / "adapter"),
@@ -139,7 +139,7 @@ def ours(savings: Settings, *, evaluate: bool = False) -> Callable[[Ground, Path
     return measure
 
 
-def _stage(ground: Ground, folder: Path, name: str, settings: Settings) -> None:
+def _stage(ground: Ground, folder: Path, name: str, settings: Settings) -> Done:
     """Run a stage; all that it makes is in the folder, checkpoints and caches too."""
     outputs = {
         "train": ["--out", "adapter", "--plots", "plots", "--timing", "timing.json"],
@@ -147,7 +147,7 @@ def _stage(ground: Ground, folder: Path, name: str, settings: Settings) -> None:
     }[name]
     inputs = [str(ground.folder / ground.kind / "tokens"), "--base", str(ground.folder / "base.json")]
     numbers = ["--params", str(ground.folder / "params.yaml"), *overrides(settings)]
-    run(
+    return run(
         ["-m", f"stages.{name}", *inputs, *outputs, "--metrics", f"{name}.json", *numbers],
         folder=folder,
         log=folder / f"{name}.log",

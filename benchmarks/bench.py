@@ -65,7 +65,7 @@ def bench(
         }
         budget = round(found["batches"]["whole"]["tokens"])
         field = contenders(str(peers) if peers else None, stock=blas.is_needed(), token_budget=budget)
-        field = [each for each in field if each.name[1] in only and not (quick and each.is_step)]
+        field = [each for each in field if each.name[1] in only and not (quick and (each.is_step or each.once))]
         found["kinds"] = measure(folder, work, field, rounds)
         for kind in KINDS:
             with console.progress(f"scoring {kind}"):

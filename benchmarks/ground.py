@@ -3,7 +3,8 @@
 `python -m benchmarks.ground FOLDER …` makes it in a process of its own, so that whoever measures stays small (a child's
 peak memory counts from its parent's). In FOLDER: `float32`, the base; `base.json` and `store`, as the stages want them;
 `start`, the adapter to begin with; and for each kind of loss (`answers`, `whole`) `tokens`, the Parquet files for this
-project, and `rows.json`, the same rows for the others, in the order of this project's updates.
+project; `rows.json`, the same rows for the others, in the order of this project's updates; and `one.json`, a single
+batch.
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ def make(
         rows = {name: read_tokens(folder / kind / "all" / f"{name}.parquet", tokenizer=identity) for name in SPLITS}
         held_out = [*rows["valid"], *rows["test"]]
         write_rows(folder, kind, spread(rows["train"], batches=updates), spread(held_out, batches=updates // 2))
+        # For a trainer of which one update must do.
+        shortest = sorted(rows["train"], key=lambda row: len(row.input_ids))[: TRAINING["batch_size"]]
+        files.write_json(folder / kind / "one.json", {"train": [[plain(row) for row in shortest]], "evaluate": []})
     write_start(folder, LORA)
 
 
@@ -126,9 +130,6 @@ def write_rows(folder: Path, kind: str, train: Sequence[TokenRow], held_out: Seq
         "evaluate": [[plain(held_out[i]) for i in batch] for batch in scored],
     }
     files.write_json(folder / kind / "rows.json", content)
-    # For a trainer of which one row must do: the one that mlx-lm pads least.
-    least = min((row for batch in content["train"] for row in batch), key=lambda row: -len(row["ids"]) % 32)
-    files.write_json(folder / kind / "one.json", {"train": [[least]], "evaluate": []})
 
 
 def plain(row: TokenRow) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def _head(found: Entry) -> str:
         f"loss trains on {whole['trained_tokens']:,.0f} and the answer-only loss on {answers['trained_tokens']:,.0f}; "
         f"the longest row has {whole['longest']}. {found['updates']} updates, the second half of them on the rows of "
         f"the first. Medians of {found['rounds']} rounds, lowest to highest in brackets; (a) was measured once, in one "
-        "update on one row."
+        "update on the four shortest rows of the data."
     )
 
 

@@ -63,7 +63,8 @@ def bench(
             "updates": updates * EPOCHS,
             "batches": {kind: about(ground) for kind, ground in work.items()},
         }
-        budget = round(found["batches"]["whole"]["tokens"])
+        # The longest rows are then in batches of the same size as everybody's, and shorter ones in larger.
+        budget = TRAINING["batch_size"] * found["batches"]["whole"]["longest"]
         field = contenders(str(peers) if peers else None, stock=blas.is_needed(), token_budget=budget)
         field = [each for each in field if each.name[1] in only and not (quick and (each.is_step or each.once))]
         found["kinds"] = measure(folder, work, field, rounds)
@@ -122,7 +123,7 @@ def score(folder: Path, kind: str, found: dict[str, dict[str, Any]]) -> None:
         found[name] |= {"untrained": untrained, "loss": loss}
 
 
-def about(ground: Ground) -> dict[str, float]:
+def about(ground: Ground) -> dict[str, Any]:
     """An update's tokens and trained tokens, on the average."""
     batches = json.loads((ground.folder / ground.kind / "rows.json").read_text())["train"]
     rows = [row for batch in batches for row in batch]

@@ -16,15 +16,20 @@ from typing import Any
 from benchmarks import mlx_lm_peer
 from benchmarks.ground import EPOCHS, SEED, our_settings
 from benchmarks.processes import Done, overrides, run
-from stages import params
 
 Settings = dict[str, Any]
-# In the order in which they are added; each with what it is off by.
-SAVINGS: dict[str, tuple[Settings, Settings]] = {
-    "frozen layers cached": ({"train.cache_frozen": "off"}, {"train.cache_frozen": "on"}),
-    "fused loss": ({"train.fused_loss": False}, {"train.fused_loss": True}),
-    "compiled step": ({"train.compile": "off"}, {"train.compile": "on"}),
-    "CPU kernels": ({"model.cpu_kernels": False}, {"model.cpu_kernels": True}),
+PLAIN: Settings = {
+    "train.cache_frozen": "off",
+    "train.fused_loss": False,
+    "train.compile": "off",
+    "model.cpu_kernels": False,
+}
+# In the order in which they are added. A compiled step and the CPU's kernels exclude each other; auto takes the better.
+SAVINGS: dict[str, Settings] = {
+    "frozen layers cached": {"train.cache_frozen": "on"},
+    "fused loss": {"train.fused_loss": True},
+    "compiled step": {"train.compile": "on"},
+    "CPU kernels, not compiled": {"train.compile": "auto", "model.cpu_kernels": True},
 }
 
 
@@ -52,7 +57,7 @@ class Ground:
 class Figures:
     """One run. Rates are in real tokens of the rows a second, prompts included and padding not."""
 
-    first_epoch: float  # without the first update
+    first_epoch: float  # with the first update, in which libraries compile and warm up
     second_epoch: float
     seconds_to_first_update: float
     peak_memory_bytes: int
@@ -82,32 +87,19 @@ def contenders(peers: str | None, *, stock: bool, token_budget: int) -> list[Con
     found = [Contender("(b) mlx_lm.lora, OpenBLAS" if stock else "(b) mlx_lm.lora", mlx_lm)]
     if peers is not None:
         found.append(Contender("(c) PEFT on PyTorch", lambda ground, folder: peft(ground, folder, python=peers)))
-    off = known({key: value for without, _ in SAVINGS.values() for key, value in without.items()})
-    off |= known({"train.batch_tokens": None})
-    found.append(Contender("(d) lorabuild, plain", ours(off, evaluate=True)))
-    on = dict(off)
-    for name, (_, given) in SAVINGS.items():
-        if known(given):
-            on |= given
-            found.append(Contender(f"(e) + {name}", ours(dict(on)), is_step=True))
-    if found[-1].is_step:
-        found[-1] = Contender(found[-1].name, ours(dict(on), evaluate=True))
-    if known({"train.batch_tokens": token_budget}):
-        found.append(Contender("(e) + batches by tokens", ours(on | {"train.batch_tokens": token_budget}), False))
+    found.append(Contender("(d) lorabuild, plain", ours(PLAIN, evaluate=True)))
+    settings = dict(PLAIN)
+    for name, saving in SAVINGS.items():
+        settings |= saving
+        is_last = name == list(SAVINGS)[-1]
+        found.append(Contender(f"(e) + {name}", ours(dict(settings), evaluate=is_last), is_step=not is_last))
+    by_tokens = settings | {"train.batch_size": None, "train.batch_tokens": token_budget}
+    by_tokens |= {"train.iters": None, "train.epochs": EPOCHS}
+    found.append(Contender("(e) + batches by tokens", ours(by_tokens), same_updates=False, is_step=True))
     if stock:
         # Last, when the kernels that mx.compile makes are there.
         found.append(Contender("(a) mlx_lm.lora as it comes", mlx_lm_stock, same_updates=False, once=True))
     return found
-
-
-def known(settings: Settings) -> Settings:
-    """Those that this version has."""
-    fields = params.Params.model_fields
-    return {
-        key: value
-        for key, value in settings.items()
-        if key.split(".")[1] in fields[key.split(".")[0]].annotation.model_fields  # type: ignore[union-attr]
-    }
 
 
 def ours(savings: Settings, *, evaluate: bool = False) -> Callable[[Ground, Path], Figures]:
@@ -118,7 +110,7 @@ def ours(savings: Settings, *, evaluate: bool = False) -> Callable[[Ground, Path
         settings = our_settings(lora=ground.lora, training=training, seed=SEED) | savings
         done = _stage(ground, folder, "train", settings)
         timing = json.loads((folder / "timing.json").read_text())
-        first, second = timing.get("tokens_per_second_by_epoch", [timing["tokens_per_second"]] * 2)[:2]
+        first, second, *_ = timing["tokens_per_second_by_epoch"]
         losses = [float(line.split(",")[1]) for line in (folder / "plots" / "loss.csv").read_text().splitlines()[1:]]
         evaluation = {}
         if evaluate:
@@ -127,13 +119,13 @@ def ours(savings: Settings, *, evaluate: bool = False) -> Callable[[Ground, Path
         return Figures(
             first,
             second,
-            timing.get("seconds_to_first_update", timing.get("seconds_to_first_event")),
+            timing["seconds_to_first_update"],
             done.peak_memory_bytes,
             evaluation.get("base_tokens_per_second"),
             evaluation.get("adapter_tokens_per_second"),
             str(folder / "adapter"),
             tuple(losses),
-            timing.get("padded_share"),
+            timing["padded_share"],
         )
 
     return measure
@@ -213,10 +205,10 @@ def peft(ground: Ground, folder: Path, *, python: str) -> Figures:
 
 
 def _figures(ground: Ground, folder: Path, found: dict[str, Any]) -> Figures:
-    """Of a peer's record: its first update, in which it compiles and warms up, is left out of the first epoch."""
+    """Of a peer's record."""
     seconds, tokens, border = found["seconds"], found["tokens"], ground.per_epoch
     return Figures(
-        sum(tokens[1:border]) / sum(seconds[1:border]),
+        sum(tokens[:border]) / sum(seconds[:border]),
         sum(tokens[border:]) / sum(seconds[border:]),
         found["seconds_to_first_update"],
         found["peak_memory_bytes"],

@@ -112,7 +112,7 @@ def spread(rows: Sequence[TokenRow], *, batches: int) -> list[TokenRow]:
 
 def write_rows(folder: Path, kind: str, train: Sequence[TokenRow], held_out: Sequence[TokenRow]) -> None:
     """The rows as Parquet for the stages, and as batches for the others."""
-    from stages.lora.batches import epoch_batches, sorted_batches
+    from stages.lora.batches import epoch_updates, sorted_batches
     from stages.text.parquet import write_tokens
 
     tokens, size = folder / kind / "tokens", TRAINING["batch_size"]
@@ -121,9 +121,8 @@ def write_rows(folder: Path, kind: str, train: Sequence[TokenRow], held_out: Seq
     for name, rows in {"train": train, "valid": held_out, "test": held_out}.items():
         write_tokens(tokens / f"{name}.parquet", rows, lambda: about)
     lengths = [len(row.input_ids) for row in train]
-    order = [
-        batch for epoch in range(EPOCHS) for batch in epoch_batches(lengths, batch_size=size, seed=SEED, epoch=epoch)
-    ]
+    shape: dict[str, Any] = {"batch_size": size, "batch_tokens": None, "grad_accumulation": 1, "seed": SEED}
+    order = [batch for epoch in range(EPOCHS) for batch in epoch_updates(lengths, **shape, epoch=epoch)]
     scored = sorted_batches([len(row.input_ids) for row in held_out], batch_size=size)
     content = {
         "train": [[plain(train[i]) for i in batch] for batch in order],
@@ -171,6 +170,7 @@ def our_settings(*, lora: dict[str, Any], training: dict[str, Any], seed: int) -
             "epochs": None,
             "iters": training["updates"],
             "batch_size": training["batch_size"],
+            "batch_tokens": None,
             "grad_accumulation": 1,
             "optimizer": "adamw",
             "betas": training["betas"],

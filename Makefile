@@ -2,11 +2,13 @@ PYTHON ?= python3
 # What MLX computes on: cpu (on macOS that means Metal too) or cuda.
 BACKEND ?= cpu
 VENV := .venv
+# Other people's trainers, to measure against.
+PEERS := .venv-peers
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fault-test lint format constraints doctor clean
+.PHONY: help setup demo test fault-test bench bench-sweep lint format constraints doctor clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +24,13 @@ test: $(VENV)/.dev lint ## Lint, check types, run the tests
 
 fault-test: $(VENV)/.dev ## Kill training at 20 random moments and compare what it ends in
 	@python -m tests.faults
+
+bench: setup $(PEERS)/.done ## Measure beside mlx_lm.lora and PEFT (DATA=dir SET=key=value QUICK=1)
+	@python -m benchmarks.bench --peers $(CURDIR)/$(PEERS)/bin/python $(if $(QUICK),--quick) \
+	  $(if $(DATA),--data $(DATA)) $(if $(SET),--set '$(SET)')
+
+bench-sweep: setup ## Time six experiments against six runs of mlx_lm.lora
+	@python -m benchmarks.sweep
 
 lint: $(VENV)/.dev ## Lint and check types
 	@ruff format --check .
@@ -43,7 +52,7 @@ doctor: setup ## Show what this machine has
 	@python -m stages doctor
 
 clean: ## Remove .venv and everything that the pipeline made here (the store of base models stays)
-	rm -rf $(VENV) .dvc/cache .dvc/tmp data/prepared data/tokens .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) .dvc/cache .dvc/tmp data/prepared data/tokens .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf artifacts/adapter artifacts/base.json artifacts/evaluate artifacts/merged artifacts/samples artifacts/timing
 
 $(BIN)/python:
@@ -52,6 +61,11 @@ $(BIN)/python:
 
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[$(BACKEND)]'
+	@touch $@
+
+$(PEERS)/.done: benchmarks/peers.txt constraints.txt | $(BIN)/python
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/peers.txt
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python

@@ -7,6 +7,7 @@ data/tokens + artifacts/base.json + artifacts/adapter → artifacts/metrics/eval
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ def evaluate(
     adapter_dir: Annotated[Path, typer.Option("--adapter", help="The adapter's folder.")] = Path("artifacts/adapter"),
     out: Annotated[Path, typer.Option(help="The folder to write scores of each row to.")] = Path("artifacts/evaluate"),
     metrics: Annotated[Path, typer.Option(help="The metrics to write.")] = Path("artifacts/metrics/evaluate.json"),
+    timing: Annotated[Path, typer.Option(help="Where to write the speed.")] = Path("artifacts/timing/evaluate.json"),
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:
@@ -64,9 +66,13 @@ def evaluate(
     size = settings.evaluate.batch_size
     with _adapter_of_first(adapter_dir, ranks) as folder:
         prefix = shortcuts.take(model, adapter.saved_names(folder), rows, settings=settings, manifest=manifest)
+        began = time.perf_counter()
         scores = {"base": _score(model, rows, size, "base", ranks, prefix)}
+        seconds = {"base": time.perf_counter() - began}
         adapter.load(model, folder)
+    began = time.perf_counter()
     scores["adapter"] = _score(model, rows, size, "adapter", ranks, prefix)
+    seconds["adapter"] = time.perf_counter() - began
     shortcuts.close(prefix)
     if ranks.rank:
         return
@@ -82,6 +88,8 @@ def evaluate(
         draft.mkdir()
         _write_rows(draft / "rows.parquet", rows, scores)
     files.write_json(metrics, summary)
+    count = sum(len(row.input_ids) for row in rows)
+    files.write_json(timing, {f"{name}_tokens_per_second": round(count / taken, 2) for name, taken in seconds.items()})
     console.table(
         f"Test split: {summary['rows']:,} rows, {summary['tokens']:,} scored tokens → {metrics}",
         ("", "base", "adapter"),

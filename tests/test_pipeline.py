@@ -299,6 +299,9 @@ def test_timing_is_written_apart_from_the_metrics(project: Path) -> None:
     assert timing["padded_share"] == read("artifacts/metrics/train.json")["padded_share"]
     train(overrides=["train.iters=null", "train.epochs=3"])
     assert len(read("artifacts/timing/train.json")["tokens_per_second_by_epoch"]) == 3
+    run(evaluate)
+    rates = read("artifacts/timing/evaluate.json")
+    assert set(rates) == {"base_tokens_per_second", "adapter_tokens_per_second"} and min(rates.values()) > 0
 
 
 @pytest.mark.parametrize(

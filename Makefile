@@ -53,7 +53,8 @@ doctor: setup ## Show what this machine has
 
 clean: ## Remove .venv and everything that the pipeline made here (the store of base models stays)
 	rm -rf $(VENV) $(PEERS) .dvc/cache .dvc/tmp data/prepared data/tokens .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf artifacts/adapter artifacts/base.json artifacts/evaluate artifacts/merged artifacts/samples artifacts/timing
+	rm -rf artifacts/adapter artifacts/base.json artifacts/evaluate artifacts/merged artifacts/samples artifacts/timing \
+	  artifacts/cache artifacts/checkpoints
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'

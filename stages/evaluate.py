@@ -65,7 +65,14 @@ def evaluate(
         )
     size = settings.evaluate.batch_size
     with _adapter_of_first(adapter_dir, ranks) as folder:
-        prefix = shortcuts.take(model, adapter.saved_names(folder), rows, settings=settings, manifest=manifest)
+        prefix = shortcuts.take(
+            model,
+            adapter.saved_names(folder),
+            rows,
+            settings=settings,
+            manifest=manifest,
+            kernels=settings.model.cpu_kernels,
+        )
         began = time.perf_counter()
         scores = {"base": _score(model, rows, size, "base", ranks, prefix)}
         seconds = {"base": time.perf_counter() - began}

@@ -29,9 +29,15 @@ def cache_root() -> Path:
 
 
 def take(
-    model: Any, adapted: Iterable[str], rows: Sequence[TokenRow], *, settings: params.Params, manifest: base.Base
+    model: Any,
+    adapted: Iterable[str],
+    rows: Sequence[TokenRow],
+    *,
+    settings: params.Params,
+    manifest: base.Base,
+    kernels: bool,
 ) -> FrozenPrefix | None:
-    """Install the CPU kernels, and give the prefix below the `adapted` modules; None where none can be skipped.
+    """Install the CPU's `kernels`, if they are wanted, and give the prefix below the `adapted` modules, if there is one.
 
     The prefix puts out the same bits whether they are kept or computed anew each time: the disk shapes no result.
     """
@@ -41,13 +47,11 @@ def take(
 
     count = len(model.layers)
     layers = frozen_layers(adapted, count)
-    # What is to be compiled is traced, and the kernels cannot be.
-    wanted = settings.model.cpu_kernels and settings.train.compile != "on"
-    if wanted and (why_not := cpu.install(model, rows, frozen=layers)):
+    if kernels and (why_not := cpu.install(model, rows, frozen=layers)):
         console.warn(why_not)
     if settings.train.cache_frozen == "off" or layers == 0:
         return None
-    folder = cache_root() / _fingerprint(model, layers, settings, manifest)
+    folder = cache_root() / _fingerprint(model, layers, manifest, kernels=kernels)
     found = FrozenPrefix(model, layers)
     found.cache, reason = _cache(folder, rows, model, settings)
     if (found.cache is None or not found.cache.verified) and (mismatch := _checked(found, rows[:2])):
@@ -119,7 +123,7 @@ def _bytes_a_token(model: Any) -> int:
     return hidden_size(model) * floating_dtype(model).size
 
 
-def _fingerprint(model: Any, layers: int, settings: params.Params, manifest: base.Base) -> str:
+def _fingerprint(model: Any, layers: int, manifest: base.Base, *, kernels: bool) -> str:
     """What the states of a row follow from besides its tokens."""
     import mlx.core as mx
 
@@ -133,7 +137,7 @@ def _fingerprint(model: Any, layers: int, settings: params.Params, manifest: bas
             "dtype": str(floating_dtype(model)),
             "device": str(mx.default_device()),
             "blas": blas.loaded(),
-            "cpu_kernels": settings.model.cpu_kernels and settings.train.compile != "on",
+            "cpu_kernels": kernels,
             "versions": [importlib.metadata.version(name) for name in ("mlx", "mlx-lm")],
             "code": {name: files.sha256(here / name) for name in _CODE},
         }

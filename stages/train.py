@@ -57,7 +57,13 @@ def train(
     rows = {name: read_tokens(path, tokenizer=manifest.tokenizer_identity) for name, path in splits.items()}
     model, lora = _adapted_model(settings, manifest)
     prefix = shortcuts.take(
-        model, adapter.weights(model), rows["train"] + rows["valid"], settings=settings, manifest=manifest
+        model,
+        adapter.weights(model),
+        rows["train"] + rows["valid"],
+        settings=settings,
+        manifest=manifest,
+        # What is to be compiled is traced, and the kernels cannot be.
+        kernels=settings.model.cpu_kernels and settings.train.compile != "on",
     )
     config = _config(settings, rows["train"], ranks.size)
     run = fingerprint(

@@ -37,7 +37,7 @@ def take(
     manifest: base.Base,
     kernels: bool,
 ) -> FrozenPrefix | None:
-    """Install the CPU's `kernels`, if they are wanted, and give the prefix below the `adapted` modules, if there is one.
+    """Install the CPU's `kernels`, if wanted, and give the prefix below the `adapted` modules, if there is any.
 
     The prefix puts out the same bits whether they are kept or computed anew each time: the disk shapes no result.
     """

@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,18 +67,16 @@ class Batch:
 
 
 def split(lengths: Sequence[int], *, batch_size: int | None, batch_tokens: int | None) -> list[slice]:
-    """Consecutive rows as batches: `batch_size` rows each, or as many as fit a budget of tokens, padding included.
+    """Consecutive rows as batches: of `batch_size` rows, and of as many as fit a budget of tokens, padding included.
 
     A row longer than the budget is a batch by itself.
     """
-    if batch_tokens is None:
-        size = cast(int, batch_size)
-        return [slice(i, min(i + size, len(lengths))) for i in range(0, len(lengths), size)]
+    most_rows, most_tokens = batch_size or math.inf, batch_tokens or math.inf
     batches: list[slice] = []
     start = longest = 0
     for i, length in enumerate(lengths):
-        longest = max(longest, length)
-        if i > start and longest * (i + 1 - start) > batch_tokens:
+        longest, rows = max(longest, length), i + 1 - start
+        if rows > 1 and (rows > most_rows or longest * rows > most_tokens):
             batches.append(slice(start, i))
             start, longest = i, length
     return [*batches, slice(start, len(lengths))] if len(lengths) else []

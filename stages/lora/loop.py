@@ -43,6 +43,8 @@ from stages.lora.step import Step, compiled_step, plain_step, why_not_compiled
 from stages.lora.verify import check_batch, disagreement
 from stages.text.tokens import TokenRow
 
+CPU_TOKENS = 512
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -135,9 +137,13 @@ class Trainer:
 
     @property
     def share(self) -> dict[str, int | None]:
-        """The size of this rank's part of a batch, in rows or in tokens."""
+        """How much of a batch this rank computes at a time, in rows and in tokens."""
         sizes = {"batch_size": self.config.batch_size, "batch_tokens": self.config.batch_tokens}
-        return {name: size and math.ceil(size / self.ranks.size) for name, size in sizes.items()}
+        share = {name: size and math.ceil(size / self.ranks.size) for name, size in sizes.items()}
+        if on_cpu():
+            # More at a time keeps a processor no busier, and its activations in memory.
+            share["batch_tokens"] = min(share["batch_tokens"] or CPU_TOKENS, CPU_TOKENS)
+        return share
 
     @property
     def done(self) -> bool:

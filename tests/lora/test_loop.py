@@ -139,6 +139,26 @@ def test_validation_is_on_as_many_rows_as_its_batches_hold(
     assert len(validation_rows(rows, TrainConfig(**OPTIONS | size | {"val_batches": 0}))) == 0
 
 
+def test_a_processor_takes_few_tokens_at_a_time(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [token_row(i, 5 + 4 * i, trained=1 + 2 * i) for i in range(8)]
+    adapter.attach(model, config(), seed=0)
+    fill(model)
+    found = Trainer(model, many, [], TrainConfig(**OPTIONS | {"batch_size": 8}))
+    _, whole = found._gradients(many)
+    seen: list[tuple[int, ...]] = []
+    plain = found._value_and_grad
+    found._value_and_grad = lambda model, batch: (seen.append(batch.inputs_BxL.shape), plain(model, batch))[1]
+    monkeypatch.setattr("stages.lora.loop.CPU_TOKENS", 40)
+    monkeypatch.setattr("stages.lora.loop.on_cpu", lambda: True)
+    _, parts = found._gradients(many)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert sum(rows for rows, _ in seen) == 8 and all(rows == 1 or rows * (length + 1) <= 40 for rows, length in seen)
+    seen.clear()
+    monkeypatch.setattr("stages.lora.loop.on_cpu", lambda: False)
+    found._gradients(many)
+    assert len(seen) == 1
+
+
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(batch_size=st.integers(1, 8), seed=st.integers(0, 50))
 def test_gradients_do_not_depend_on_the_micro_batches(tiny_llama: Path, batch_size: int, seed: int) -> None:

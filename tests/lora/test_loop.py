@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from stages.lora import adapter
-from stages.lora.batches import collate
+from stages.lora.batches import Batch, collate
 from stages.lora.loop import TrainConfig, Trainer, validation_rows
 from stages.lora.loss import sum_loss
 from stages.lora.model import load_base
@@ -147,7 +147,12 @@ def test_a_processor_takes_few_tokens_at_a_time(model: Any, monkeypatch: pytest.
     _, whole = found._gradients(many)
     seen: list[tuple[int, ...]] = []
     plain = found._value_and_grad
-    found._value_and_grad = lambda model, batch: (seen.append(batch.inputs_BxL.shape), plain(model, batch))[1]
+
+    def watched(model: Any, batch: Batch) -> Any:
+        seen.append(batch.inputs_BxL.shape)
+        return plain(model, batch)
+
+    found._value_and_grad = watched
     monkeypatch.setattr("stages.lora.loop.CPU_TOKENS", 40)
     monkeypatch.setattr("stages.lora.loop.on_cpu", lambda: True)
     _, parts = found._gradients(many)

@@ -57,7 +57,7 @@ def _view(array: mx.array) -> Array:
     return np.array(array, copy=False)
 
 
-def _detached(array: mx.array) -> mx.array:
+def detached(array: mx.array) -> mx.array:
     """A copy that remembers nothing of how it came about, so that what is made of it is not kept for gradients."""
     return mx.array(_view(array))
 
@@ -268,11 +268,11 @@ def rope(x: mx.array, dims: int, *, scale: float, **options: Any) -> mx.array:
 
     @mx.custom_function
     def rotate(x: mx.array) -> mx.array:
-        return mx.fast.rope(_detached(x), dims, scale=scale, **options)
+        return mx.fast.rope(detached(x), dims, scale=scale, **options)
 
     @rotate.vjp
     def vjp(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
-        return mx.fast.rope(_detached(cotangent), dims, scale=-scale, **options)
+        return mx.fast.rope(detached(cotangent), dims, scale=-scale, **options)
 
     return cast(mx.array, rotate(x))
 
@@ -294,14 +294,14 @@ def _softmax_slope(probabilities: Array, slope: Array) -> None:
 
 @mx.custom_function
 def _softmax(scores: mx.array) -> mx.array:
-    out = _detached(scores)
+    out = detached(scores)
     _each(_softmax_of, _rows(out))
     return out
 
 
 @_softmax.vjp
 def _softmax_vjp(_: mx.array, cotangent: mx.array, out: mx.array) -> mx.array:
-    slope = _detached(cotangent)
+    slope = detached(cotangent)
     _each(_softmax_slope, _rows(out), _rows(slope))
     return slope
 

@@ -144,8 +144,8 @@ def _fused_losses(
                 hidden_nxD = mx.depends(hidden_nxD, [losses[-1], gradients[-1]])
             ones_n, of_targets = mx.ones(targets_n.shape), partial(losses_of, targets_n=targets_n)
             (losses_n,), (gradient_nxD,) = mx.vjp(of_targets, [hidden_nxD], [ones_n])
-            if is_eager:
-                mx.eval(losses_n, gradient_nxD)  # lets go of the chunk's logits
+            if is_eager:  # lets go of the chunk's logits
+                losses_n, gradient_nxD = cpu.detached(losses_n), cpu.detached(gradient_nxD)
             losses.append(losses_n)
             gradients.append(gradient_nxD)
         return mx.concatenate(losses), mx.concatenate(gradients)

@@ -54,7 +54,7 @@ def evaluate(
         )
     ranks.agree(
         {
-            "params": settings.evaluate.model_dump() | {"dtype": settings.model.dtype},
+            "params": settings.model_dump(include={"evaluate", "model"}),
             "tokens": files.sha256(tokens / "test.parquet"),
             "base": manifest.identity,
         }

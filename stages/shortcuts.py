@@ -49,17 +49,21 @@ def take(
     layers = frozen_layers(adapted, count)
     if kernels and (why_not := cpu.install(model, rows, frozen=layers)):
         console.warn(why_not)
-    if settings.train.cache_frozen == "off" or layers == 0:
+    if settings.train.cache_frozen == "off":
         return None
-    folder = cache_root() / _fingerprint(model, layers, manifest, kernels=kernels)
+    if layers == 0:
+        console.say("no layers are frozen: the adapter begins at the first")
+        return None
+    folder = cache_root() / _fingerprint(model, layers, manifest)
     found = FrozenPrefix(model, layers)
     found.cache, reason = _cache(folder, rows, model, settings)
     if (found.cache is None or not found.cache.verified) and (mismatch := _checked(found, rows[:2])):
+        close(found)
         console.warn(f"every layer runs each time: {mismatch}")
         return None
     what = f"the lowest {layers} of {count} layers are frozen: what they put out for a row is computed"
     if found.cache is None:
-        console.say(f"{what} each time ({reason})")
+        console.say(f"{what} each time ({reason}); train.cache_frozen: off computes them with the batch")
     else:
         size = f"{found.cache.size() / 1e6:,.0f} MB"
         console.say(f"{what} once and kept ({size} so far, in {folder.parent}/{folder.name[:8]}…)")
@@ -100,7 +104,7 @@ def _cache(
     except OSError as error:
         if insist:
             raise
-        return None, f"{error.filename}: {error.strerror}"
+        return None, f"{error.filename or folder}: {error.strerror}"
     token = _bytes_a_token(model)
     needed = token * sum(len(row.input_ids) - 1 for row in rows)
     missing = token * sum(len(row.input_ids) - 1 for row in rows if row.input_ids[:-1] not in cache)
@@ -108,8 +112,7 @@ def _cache(
         cache.clear()  # what earlier rows left fills it
         missing = needed
     fits = cache.size() + missing <= limit
-    if fits or insist:
-        evict(folder.parent, keep=folder, to=max(limit - missing, 0))
+    evict(folder.parent, keep=folder, to=max(limit - missing, 0))
     if insist or (fits and missing <= shutil.disk_usage(folder).free // 2):
         return cache, None
     cache.close()
@@ -117,16 +120,19 @@ def _cache(
 
 
 def _bytes_a_token(model: Any) -> int:
-    from stages.lora.memory import hidden_size
-    from stages.lora.model import floating_dtype
+    import mlx.core as mx
 
-    return hidden_size(model) * floating_dtype(model).size
+    from stages.lora.prefix import embedded
+
+    states = embedded(model, len(model.layers) - 1, mx.array([[1]]))
+    return 0 if states is None else states.hidden_BxLxD.nbytes  # None: the check that follows says why
 
 
-def _fingerprint(model: Any, layers: int, manifest: base.Base, *, kernels: bool) -> str:
+def _fingerprint(model: Any, layers: int, manifest: base.Base) -> str:
     """What the states of a row follow from besides its tokens."""
     import mlx.core as mx
 
+    from stages.lora.loss import has_cpu_kernels
     from stages.lora.model import floating_dtype
 
     here = Path(__file__).parent
@@ -137,8 +143,8 @@ def _fingerprint(model: Any, layers: int, manifest: base.Base, *, kernels: bool)
             "dtype": str(floating_dtype(model)),
             "device": str(mx.default_device()),
             "blas": blas.loaded(),
-            "cpu_kernels": kernels,
-            "versions": [importlib.metadata.version(name) for name in ("mlx", "mlx-lm")],
+            "cpu_kernels": has_cpu_kernels(model),
+            "versions": [importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "numpy")],
             "code": {name: files.sha256(here / name) for name in _CODE},
         }
     )[:32]

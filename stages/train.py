@@ -66,6 +66,10 @@ def train(
         kernels=settings.model.cpu_kernels and settings.train.compile != "on",
     )
     config = _config(settings, rows["train"], ranks.size)
+    with console.progress("checking the fast path"):
+        trainer = Trainer(model, rows["train"], rows["valid"], config, prefix=prefix, ranks=ranks)
+    for note in trainer.notes:
+        console.say(note)
     run = fingerprint(
         ranks,
         params=settings.model_dump(include={"seed", "lora", "train"})
@@ -73,12 +77,9 @@ def train(
         tokens={name: files.sha256(path) for name, path in splits.items()},
         base=manifest.identity,
         init_adapter=_digest(settings.train.init_adapter),
+        ways=trainer.ways,
     )
     checkpoints = Checkpoints(resume.checkpoint_root(), run)
-    with console.progress("checking the fast path"):
-        trainer = Trainer(model, rows["train"], rows["valid"], config, prefix=prefix, ranks=ranks)
-    for note in trainer.notes:
-        console.say(note)
     _tell_memory(trainer)
     clock = Clock(started)
     with resume.lock(checkpoints, ranks):

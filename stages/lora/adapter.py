@@ -233,9 +233,11 @@ def frozen_layers(names: Iterable[str], count: int) -> int:
     The last layer is never among them, adapted or not: what is left to run is a model still.
     """
     names = list(names)
-    if any("embed" in name for name in names):
+    inside = [int(match[1]) for match in map(_IN_LAYER.match, names) if match]
+    outside = [name for name in names if not _IN_LAYER.match(name)]
+    if any("lm_head" not in name for name in outside):  # embeddings, or layers by another name: may be below all
         return 0
-    return min([int(match[1]) for match in map(_IN_LAYER.match, names) if match] + [count - 1])
+    return min([*inside, count - 1])
 
 
 def saved_names(directory: Path) -> list[str]:
@@ -294,6 +296,8 @@ def _shown(value: object) -> str:
 
 
 def _read_weights(path: Path) -> dict[str, mx.array]:
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; make it with: python -m stages.train")
     try:
         return cast(dict[str, mx.array], mx.load(str(path)))
     except RuntimeError as error:

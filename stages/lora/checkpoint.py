@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from stages import blas
 from stages.files import digest_of, replacing, sha256
 from stages.lora.arrays import write_arrays
 from stages.lora.distributed import ALONE, Ranks
@@ -35,7 +36,7 @@ class BusyError(Exception):
 
 
 def fingerprint(ranks: Ranks = ALONE, **parts: Any) -> str:
-    """The name of a run: a digest of `parts` and of this code, MLX's version, the device, and how many ranks there are.
+    """The name of a run: a digest of `parts`, of this code, of what computes, and of how many ranks there are.
 
     Raises:
         ValueError: another rank's is not the same.
@@ -43,7 +44,8 @@ def fingerprint(ranks: Ranks = ALONE, **parts: Any) -> str:
     stages = Path(__file__).parent.parent
     files = [path for name in _CODE for path in (sorted((stages / name).rglob("*.py")) or [stages / name])]
     code = {str(path.relative_to(stages)): sha256(path) for path in files}
-    machine = {"mlx": importlib.metadata.version("mlx"), "device": str(mx.default_device())}
+    versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "numpy")}
+    machine = {"versions": versions, "device": str(mx.default_device()), "blas": blas.loaded()}
     parts |= {"code": code, "machine": machine}
     ranks.agree(parts)
     # Sums round differently in another number of parts.

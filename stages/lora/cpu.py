@@ -405,14 +405,11 @@ def _scaled_softmax(scale: float, causal_rows: int) -> Callable[[Array], None]:
 
 
 def _masked_softmax(scale: float) -> Callable[[Array, Any], None]:
-    """Softmax of scaled scores under a mask of booleans (which may be seen) or of terms to add."""
+    """Softmax of scaled scores under a mask of booleans: which may be seen."""
 
     def kernel(scores_HxLxM: Array, mask_HxLxM: Any) -> None:
         scores_HxLxM *= scale
-        if mask_HxLxM.dtype == np.bool_:
-            np.copyto(scores_HxLxM, np.finfo(np.float32).min, where=~mask_HxLxM)
-        else:
-            scores_HxLxM += mask_HxLxM
+        np.copyto(scores_HxLxM, np.finfo(np.float32).min, where=~mask_HxLxM)
         _softmax_of(scores_HxLxM)
 
     return kernel
@@ -426,7 +423,8 @@ def _attends(queries: mx.array, keys: mx.array, values: mx.array, mask: Any, sin
         return True
     if isinstance(mask, str):
         return mask == "causal" and keys.shape[2] >= queries.shape[2]
-    return mask.ndim <= 4 and mask.dtype in (mx.bool_, mx.float32)
+    # Terms to add may have a gradient of their own, as in multi-head latent attention.
+    return mask.ndim <= 4 and mask.dtype == mx.bool_
 
 
 def fast_attention(

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,7 +25,7 @@ from stages.lora import adapter
 from stages.lora.batches import Batch, Updates, collate, sorted_batches, split
 from stages.lora.distributed import ALONE, Ranks
 from stages.lora.head import narrow_head
-from stages.lora.loss import Loss, fused_sum_loss, sum_loss, why_not_fused
+from stages.lora.loss import Loss, fused_sum_loss, has_cpu_kernels, sum_loss, why_not_fused
 from stages.lora.memory import recompute_activations
 from stages.lora.model import on_cpu
 from stages.lora.optimizer import (
@@ -106,7 +106,7 @@ class Trainer:
         self.prefix, self.ranks = prefix, ranks
         self.progress = Progress()
         self.notes: list[str] = []
-        self.pace: list[Pace] = []  # of the updates that this process made
+        self.pace: list[Pace] = []  # of the updates that this process made: the first alone, then each epoch's others
         self._updates = Updates(
             [len(row.input_ids) for row in train],
             batch_size=config.batch_size,
@@ -134,6 +134,16 @@ class Trainer:
     def is_fused(self) -> bool:
         """Whether the loss is taken in the fused form."""
         return self._loss is fused_sum_loss
+
+    @property
+    def ways(self) -> dict[str, Any]:
+        """How it computes, by what was found at the start: another way rounds otherwise."""
+        return {
+            "fused": self.is_fused,
+            "compiled": self.is_compiled,
+            "cpu_kernels": has_cpu_kernels(self.model),
+            "frozen_layers": self.prefix.layers if self.prefix else 0,
+        }
 
     @property
     def share(self) -> dict[str, int | None]:
@@ -248,7 +258,8 @@ class Trainer:
         mx.random.seed(_dropout_seed(config.seed, step, self.ranks.rank))
         self.model.train()
         gradients, done = self._gradients(rows)
-        norm = math.sqrt(sum(float(mx.square(gradient).sum()) for gradient in gradients.values()))
+        squares = mx.stack([mx.square(gradient).sum() for gradient in gradients.values()])
+        norm = math.sqrt(sum(cast(list[float], squares.tolist())))
         if not math.isfinite(done.loss_sum) or not math.isfinite(norm):
             what = f"the loss is {done.loss}" if not math.isfinite(done.loss_sum) else f"the gradient's norm is {norm}"
             ids = ", ".join(row.id for row in rows)
@@ -265,10 +276,16 @@ class Trainer:
         mx.eval(weights, self._optimizer.state)
         progress.step = step
         done.grad_norm_sum = norm
-        self.pace.append(Pace(self._updates.epoch(step), done.real_tokens, time.perf_counter() - started))
+        self._count(self._updates.epoch(step), done.real_tokens, time.perf_counter() - started)
         progress.total.add(done)
         progress.since_report.add(done)
         return self._report(rate) if step % config.steps_per_report == 0 or step == config.steps else None
+
+    def _count(self, epoch: int, tokens: int, seconds: float) -> None:
+        if len(self.pace) < 2 or self.pace[-1].epoch != epoch:
+            self.pace.append(Pace(epoch))
+        self.pace[-1].tokens += tokens
+        self.pace[-1].seconds += seconds
 
     def _gradients(self, rows: Sequence[TokenRow]) -> tuple[dict[str, mx.array], Sums]:
         """The gradients of the mean loss over the rows' trained tokens, whatever the micro-batches and the ranks."""

@@ -76,7 +76,7 @@ def estimate(
     width = max((_width(layer, experts=experts) for layer in layers), default=0)
     heads = _attention_heads(model)
     one_layer = tokens * (width + 2 * heads * length) * item
-    kept = one_layer * (1 if grad_checkpoint else len(layers)) + tokens * hidden_size(model) * item * len(layers)
+    kept = one_layer * (1 if grad_checkpoint else len(layers)) + tokens * _hidden_size(model) * item * len(layers)
     return Estimate(
         weights=weights,
         adapter=adapter_bytes * (2 + moments),
@@ -171,8 +171,7 @@ def _attention_heads(model: nn.Module) -> int:
     return int(getattr(getattr(model, "args", None), "num_attention_heads", 0) or 0)
 
 
-def hidden_size(model: nn.Module) -> int:
-    """D, the width of what goes from layer to layer; 0 where the model does not tell."""
+def _hidden_size(model: nn.Module) -> int:
     return int(getattr(getattr(model, "args", None), "hidden_size", 0) or 0)
 
 

@@ -89,7 +89,8 @@ class FrozenPrefix:
         """The states of rows, of each all tokens but the last, padded at their end to `length` or to the longest."""
         length = length or max(len(row.input_ids) for row in rows) - 1
         found = [self._row_states(row.input_ids[:-1]) for row in rows]
-        padded = [mx.pad(states_LxD, [(0, length - len(states_LxD)), (0, 0)]) for states_LxD in found]
+        # Padded with the last token's: zeros are states that no model ever sees, and some norms divide by them.
+        padded = [mx.pad(states_LxD, [(0, length - len(states_LxD)), (0, 0)], mode="edge") for states_LxD in found]
         return States(self.layers, mx.stack(padded))
 
     def mismatch(self, rows: Sequence[TokenRow]) -> str | None:
@@ -100,13 +101,16 @@ class FrozenPrefix:
         """
         try:
             states = [self._row_states(row.input_ids[:-1])[:_CHECK_TOKENS] for row in rows]
-        except (ValueError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever an unknown model trips over
             return f"the model's layers cannot be cut apart ({error})"
         for row, hidden_LxD in zip(rows, states, strict=True):
             tokens_1xL = mx.array(row.input_ids[None, : len(hidden_LxD)])
             plain = self.model(tokens_1xL)
-            with fed(self.model, States(self.layers, hidden_LxD[None])):
-                cut = self.model(tokens_1xL)
+            try:
+                with fed(self.model, States(self.layers, hidden_LxD[None])):
+                    cut = self.model(tokens_1xL)
+            except Exception as error:  # whatever an unknown model trips over
+                return f"the model's layers cannot be cut apart ({error})"
             difference = mx.abs(plain - cut).max() / mx.abs(plain).max()
             if not float(difference) <= _TOLERANCES.get(plain.dtype, 1e-4):
                 return f"the model says something else from the states of its lowest {self.layers} layers"
@@ -137,10 +141,15 @@ def embedded(model: nn.Module, layers: int, tokens_BxL: mx.array) -> States | No
 
     So those layers do not run, and their weights need not be read. None if there are no such layers, or no way in.
     """
-    try:
-        return States(layers, _reaching(model, 0, tokens_BxL)) if layers else None
-    except (ValueError, TypeError, AttributeError):
+    if not layers:
         return None
+    try:
+        states = States(layers, _reaching(model, 0, tokens_BxL))
+        with fed(model, states):
+            model(tokens_BxL)  # a graph alone: layers may hand on more than hidden states
+    except Exception:  # whatever an unknown model trips over
+        return None
+    return states
 
 
 def _reaching(model: nn.Module, layer: int, tokens_BxL: mx.array) -> mx.array:

@@ -101,10 +101,10 @@ class Event:
     validation: Validation | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pace:
-    """How long an update took; its tokens are its rows' own, without padding."""
+    """How long updates of an epoch took; the tokens are their rows' own, without padding."""
 
     epoch: int
-    tokens: int
-    seconds: float
+    tokens: int = 0
+    seconds: float = 0.0

@@ -13,7 +13,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,12 @@ class StateCache:
         self._seen = 0  # bytes of the index
         flags = os.O_RDWR | os.O_CREAT
         self._states, self._index = (os.open(self.folder / name, flags, 0o666) for name in (_STATES, _INDEX))
-        fcntl.flock(self._index, fcntl.LOCK_SH)  # in use: `evict` passes it over
-        os.utime(self.folder)
+        try:
+            fcntl.flock(self._index, fcntl.LOCK_SH)  # in use: `evict` passes it over
+            os.utime(self.folder)
+        except OSError:
+            self.close()
+            raise
 
     def close(self) -> None:
         os.close(self._states)
@@ -64,7 +68,8 @@ class StateCache:
 
     def mark_verified(self) -> None:
         """Say so to later processes."""
-        (self.folder / _VERIFIED).touch()
+        with suppress(OSError):  # another process may have cleared the folder
+            (self.folder / _VERIFIED).touch()
 
     def __contains__(self, ids_L: np.ndarray) -> bool:
         key = _key(ids_L)
@@ -74,8 +79,13 @@ class StateCache:
 
     def read(self, ids_L: np.ndarray) -> mx.array | None:
         """The states of these token ids, (L, D); None if they are not there, or not as they were written."""
-        if ids_L not in self:
+        try:
+            return self._read(ids_L) if ids_L in self else None
+        except OSError as error:
+            self._give_up(error)
             return None
+
+    def _read(self, ids_L: np.ndarray) -> mx.array | None:
         record = self._records[_key(ids_L)]
         rows, width, kind, offset = (int(record[name]) for name in ("rows", "width", "dtype", "offset"))
         dtype = _DTYPES[kind % len(_DTYPES)]
@@ -99,21 +109,28 @@ class StateCache:
         record["rows"], record["width"] = states_LxD.shape
         record["dtype"] = _DTYPES.index(states_LxD.dtype)
         record["crc"] = _checksum(record, content)
-        with _locked(self._states):
-            if ids_L in self:  # another process was first
-                return
-            end = self.size()
-            record["offset"] = end
-            try:
-                _write(self._states, content, end)
-                # A writer that was killed may have left a part of a record: this one begins where that did.
-                index_end = os.fstat(self._index).st_size
-                _write(self._index, record.tobytes(), index_end - index_end % _RECORD.itemsize)
-            except OSError as error:
-                os.ftruncate(self._states, end)
-                self.problem = f"no more output of frozen layers is kept: {self.folder}: {error.strerror}"
-                self._full = True
-        self._read_index()
+        try:
+            with _locked(self._states):
+                if ids_L not in self:  # or another process was first
+                    self._append(record, content)
+            self._read_index()
+        except OSError as error:
+            self._give_up(error)
+
+    def _append(self, record: Any, content: bytes) -> None:
+        end = record["offset"] = self.size()
+        try:
+            _write(self._states, content, end)
+            # A writer that was killed may have left a part of a record: this one begins where that did.
+            index_end = os.fstat(self._index).st_size
+            _write(self._index, record.tobytes(), index_end - index_end % _RECORD.itemsize)
+        except OSError:
+            os.ftruncate(self._states, end)
+            raise
+
+    def _give_up(self, error: OSError) -> None:
+        self.problem = f"no more output of frozen layers is kept: {self.folder}: {error.strerror}"
+        self._full = True
 
     def size(self) -> int:
         """Bytes of the states."""
@@ -135,7 +152,7 @@ def evict(root: Path, *, keep: Path, to: int) -> list[str]:
     folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     sizes = {path: _folder_size(path) for path in folders}
     removed = []
-    for path in sorted(set(folders) - {keep}, key=lambda path: path.stat().st_mtime):
+    for path in sorted(set(folders) - {keep}, key=_last_used):
         if sum(sizes.values()) <= to:
             break
         if _is_unused(path):
@@ -146,8 +163,15 @@ def evict(root: Path, *, keep: Path, to: int) -> list[str]:
 
 
 def _folder_size(folder: Path) -> int:
-    """Bytes of the files in a folder."""
-    return sum(path.stat().st_size for path in folder.iterdir())
+    with suppress(FileNotFoundError):  # another process may be evicting the same
+        return sum(path.stat().st_size for path in folder.iterdir())
+    return 0
+
+
+def _last_used(folder: Path) -> float:
+    with suppress(FileNotFoundError):
+        return folder.stat().st_mtime
+    return 0.0
 
 
 def _is_unused(folder: Path) -> bool:

@@ -110,8 +110,18 @@ MASKS: dict[str, Any] = {
     "causal": lambda rows, seen: "causal",
     "booleans": lambda rows, seen: mx.arange(seen) <= mx.arange(rows)[:, None] + seen // 3,
     "booleans by row": lambda rows, seen: mx.arange(seen) < mx.array([seen, seen // 2])[:, None, None, None],
-    "terms": lambda rows, seen: normal(1, 1, rows, seen, seed=5),
 }
+
+
+def test_terms_of_a_mask_keep_their_gradient() -> None:
+    x, terms = normal(1, 2, 5, 8), normal(1, 2, 5, 5, seed=5)
+
+    def through(attention: Any) -> mx.array:
+        return mx.grad(lambda mask: attention(x, x, x, None, scale=0.3, mask=mask).square().sum())(terms)
+
+    assert not cpu._attends(x, x, x, terms, None)
+    plain = through(scaled_dot_product_attention)
+    assert mx.any(mx.abs(plain) > 1e-2).item() and mx.array_equal(through(cpu.attention), plain).item()
 
 
 @pytest.mark.parametrize("mask", MASKS)

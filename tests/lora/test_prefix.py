@@ -105,7 +105,7 @@ def test_a_row_has_the_same_states_in_any_company(model: Any, rows: list[TokenRo
     alone = prefix.states(rows[3:4]).hidden_BxLxD[0]
     among = prefix.states(rows).hidden_BxLxD[3]
     assert mx.array_equal(among[: len(alone)], alone).item()
-    assert not among[len(alone) :].any().item()
+    assert (among[len(alone) :] == alone[-1]).all().item()
 
 
 def test_scores_are_those_of_the_whole_model(model: Any, rows: list[TokenRow]) -> None:
@@ -155,6 +155,26 @@ def test_a_model_whose_layers_look_further_back_is_noticed(model: Any, rows: lis
     assert "something else" in (FrozenPrefix(model, 1).mismatch(rows) or "")
 
 
+def test_a_model_whose_layers_hand_on_more_is_trained_whole(model: Any, rows: list[TokenRow]) -> None:
+    class Pairs(type(model.layers[0])):  # type: ignore[misc]
+        def __call__(self, given: Any, *args: Any, **kwargs: Any) -> Any:
+            hidden, first = given if isinstance(given, tuple) else (given, given)
+            hidden = super().__call__(hidden, *args, **kwargs)
+            return hidden + first if self is model.layers[-1] else (hidden, first)
+
+    kind = Pairs
+    for layer in model.layers:
+        layer.__class__ = kind
+    model.layers[1].__class__ = type("Strict", (kind,), {"__call__": lambda self, given, *a, **k: (
+        kind.__call__(self, (given[0], given[1]), *a, **k) if isinstance(given, tuple) else given["no array"]
+    )})  # fmt: skip
+    adapter.attach(model, test_adapter.configure(model, layers=1), seed=0)
+    assert "cannot be cut apart" in (FrozenPrefix(model, 2).mismatch(rows) or "")
+    config = TrainConfig(steps=2, batch_size=4, learning_rate=1e-2, seed=0)
+    trainer = Trainer(model, rows, rows[:3], config)
+    assert len(list(trainer.run())) == 3
+
+
 def test_a_model_that_hides_its_layers_is_noticed(model: Any, rows: list[TokenRow]) -> None:
     class Copies(type(model)):  # type: ignore[misc]
         @property
@@ -181,6 +201,9 @@ def test_the_model_is_whole_again_after_an_error(model: Any, rows: list[TokenRow
         (["model.layers.0.mlp.down_proj.lora_b"], 0),
         (["model.embed_tokens.lora_a", "model.layers.2.mlp.down_proj.lora_b"], 0),
         (["lm_head.lora_a"], 3),
+        (["transformer.h.2.attn.c_attn.lora_a"], 0),
+        (["model.kv_reuse_layers.2.self_attn.q_proj.lora_a", "model.layers.3.self_attn.q_proj.lora_a"], 0),
+        (["wpe.lora_a", "model.layers.2.mlp.down_proj.lora_b"], 0),
         (["lm_head.lora_a", "language_model.model.layers.1.mlp.down_proj.lora_b"], 1),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 from pathlib import Path
@@ -139,6 +140,30 @@ def test_a_full_disk_ends_the_writing_and_not_the_run(filled: StateCache, monkey
     assert filled.problem is not None and "No space left" in filled.problem
     assert filled.size() == size and IDS[6] not in filled
     assert_holds(filled, range(4))
+
+
+@pytest.mark.parametrize("name", ["flock", "pread", "pwrite"])
+def test_a_disk_that_fails_ends_the_keeping_and_not_the_run(
+    filled: StateCache, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(fcntl if name == "flock" else os, name, fail)
+    filled.write(IDS[6], states(6))
+    assert name == "flock" or filled.read(IDS[0]) is None or name == "pwrite"
+    assert filled.problem is not None and "Input/output error" in filled.problem
+
+
+def test_a_lock_that_cannot_be_had_leaves_nothing_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
+    with pytest.raises(OSError, match="No locks"):
+        StateCache(tmp_path)
+    assert before == 0 or len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_the_cache_used_longest_ago_goes_first(tmp_path: Path) -> None:

@@ -56,6 +56,9 @@ def take(
         return None
     folder = cache_root() / _fingerprint(model, layers, manifest)
     found = FrozenPrefix(model, layers)
+    if reason := found.unfit(rows):
+        console.say(f"every layer runs each time: {reason}")
+        return None
     found.cache, reason = _cache(folder, rows, model, settings)
     if (found.cache is None or not found.cache.verified) and (mismatch := _checked(found, rows[:2])):
         close(found)

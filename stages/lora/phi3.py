@@ -50,6 +50,10 @@ class LongRoPE(nn.Module):
         exponents = mx.arange(0, long.dim, 2, dtype=mx.float32) / long.dim
         self._short_freqs = mx.array(short_factor, dtype=mx.float32) * base**exponents
 
+    @property
+    def original_length(self) -> int:
+        return int(self._long.original_max_position_embeddings)
+
     def __call__(self, x_BxHxLxD: mx.array, offset: int | mx.array = 0) -> mx.array:
         rope, length = self._long, x_BxHxLxD.shape[-2]
         if isinstance(offset, mx.array):  # one a row, in batched generation

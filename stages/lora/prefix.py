@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from stages.lora.phi3 import LongRoPE
 from stages.lora.state_cache import StateCache
 from stages.text.tokens import TokenRow
 
@@ -92,6 +93,13 @@ class FrozenPrefix:
         # Padded with the last token's: zeros are states that no model ever sees, and some norms divide by them.
         padded = [mx.pad(states_LxD, [(0, length - len(states_LxD)), (0, 0)], mode="edge") for states_LxD in found]
         return States(self.layers, mx.stack(padded))
+
+    def unfit(self, rows: Sequence[TokenRow]) -> str | None:
+        """Why the states of these rows would depend on the batch that they are in, if they would."""
+        for module in self.model.modules():
+            if isinstance(module, LongRoPE) and any(len(row.input_ids) - 1 > module.original_length for row in rows):
+                return f"rows of over {module.original_length} tokens change the positions of all rows in their batch"
+        return None
 
     def mismatch(self, rows: Sequence[TokenRow]) -> str | None:
         """Why the model may not be cut here, found on the beginnings of some rows; None where it says the same.

@@ -83,6 +83,13 @@ def test_a_packed_base_is_cut_too(name: str, rows: list[TokenRow], tmp_path: Pat
     assert mx.array_equal(prefix.states(rows).hidden_BxLxD, computed).item()
 
 
+def test_rows_of_both_kinds_of_positions_are_not_cut(rows: list[TokenRow], tmp_path: Path) -> None:
+    prefix = FrozenPrefix(*attached(write_model(tmp_path, "phi3_v", num_hidden_layers=4), "phi3_v"))
+    assert [len(row.input_ids) - 1 for row in rows[8:10]] == [29, 32]  # the original context has 32
+    assert prefix.unfit(rows[:10]) is None
+    assert "over 32 tokens" in (prefix.unfit(rows) or "")
+
+
 def test_the_frozen_layers_do_not_run_again(model: Any, rows: list[TokenRow], tmp_path: Path) -> None:
     calls = []
 

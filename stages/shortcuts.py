@@ -145,7 +145,7 @@ def _fingerprint(model: Any, layers: int, manifest: base.Base) -> str:
             "layers": layers,
             "dtype": str(floating_dtype(model)),
             "device": str(mx.default_device()),
-            "blas": blas.loaded(),
+            "blas": Path(blas.loaded() or "").name,
             "cpu_kernels": has_cpu_kernels(model),
             "versions": [importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "numpy")],
             "code": {name: files.sha256(here / name) for name in _CODE},

@@ -45,7 +45,7 @@ def fingerprint(ranks: Ranks = ALONE, **parts: Any) -> str:
     files = [path for name in _CODE for path in (sorted((stages / name).rglob("*.py")) or [stages / name])]
     code = {str(path.relative_to(stages)): sha256(path) for path in files}
     versions = {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "numpy")}
-    machine = {"versions": versions, "device": str(mx.default_device()), "blas": blas.loaded()}
+    machine = {"versions": versions, "device": str(mx.default_device()), "blas": Path(blas.loaded() or "").name}
     parts |= {"code": code, "machine": machine}
     ranks.agree(parts)
     # Sums round differently in another number of parts.

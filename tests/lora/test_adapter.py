@@ -378,16 +378,19 @@ def test_every_mismatch_of_a_saved_adapter_is_one_line(tiny_llama: Path, tmp_pat
     assert not adapter.weights(model)
 
 
-@pytest.mark.parametrize("content", [None, b"cut off"])
-def test_weights_that_cannot_be_read_are_one_line(tiny_llama: Path, tmp_path: Path, content: bytes | None) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file; make it with"), (b"cut off", "not readable as safetensors .*; make it anew")],
+)
+def test_weights_that_cannot_be_read_are_one_line(
+    tiny_llama: Path, tmp_path: Path, content: bytes | None, message: str
+) -> None:
     saved(tiny_llama, tmp_path)
     path = tmp_path / adapter.WEIGHTS_FILE
     path.unlink()
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"adapters.safetensors: not readable as safetensors .*; make it anew"
-    ) as error:
+    with pytest.raises(ValueError, match=rf"adapters.safetensors: {message}") as error:
         adapter.load(load_base(tiny_llama)[0], tmp_path)
     assert "\n" not in str(error.value)
 

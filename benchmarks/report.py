@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import drawing
 from benchmarks.entries import Entry, disagreement, median, of, ours, spread
@@ -20,13 +21,20 @@ def write(found: Entry, out: Path) -> list[Path]:
     if sweep.exists():
         found["sweep"] = json.loads(sweep.read_text())
     contents = {
-        "bench.json": json.dumps(found, indent=1) + "\n",
+        "bench.json": json.dumps(_without_paths(found), indent=1) + "\n",
         "bench.md": markdown(found),
         "bench.svg": drawing.draw({TITLES[kind]: _bars(entries) for kind, entries in found["kinds"].items()}),
     }
     for name, text in contents.items():
         (out / name).write_text(text, encoding="utf-8")
     return [out / name for name in contents]
+
+
+def _without_paths(value: Any) -> Any:
+    """The figures without the folders that the adapters were in."""
+    if isinstance(value, dict):
+        return {key: _without_paths(each) for key, each in value.items() if key != "adapter"}
+    return [_without_paths(each) for each in value] if isinstance(value, list) else value
 
 
 def _bars(entries: dict[str, Entry]) -> list[tuple[str, float, float, float]]:

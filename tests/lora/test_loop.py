@@ -115,16 +115,22 @@ def test_every_epoch_trains_on_every_row_once(
     assert summary(run)["epochs"] == 2
 
 
-def test_a_budget_of_tokens_bounds_each_micro_batch(tiny_llama: Path, rows: list[TokenRow]) -> None:
-    run = trainer(tiny_llama, rows, steps=6, batch_size=None, batch_tokens=60, grad_accumulation=2)
+def watched_shapes(run: Trainer) -> list[tuple[int, ...]]:
+    """The shape of each batch that gradients are taken of from now on, (rows, tokens)."""
     shapes: list[tuple[int, ...]] = []
     plain = run._value_and_grad
 
-    def watched(model: Any, batch: Any) -> Any:
+    def watched(model: Any, batch: Batch) -> Any:
         shapes.append(batch.inputs_BxL.shape)
         return plain(model, batch)
 
     run._value_and_grad = watched
+    return shapes
+
+
+def test_a_budget_of_tokens_bounds_each_micro_batch(tiny_llama: Path, rows: list[TokenRow]) -> None:
+    run = trainer(tiny_llama, rows, steps=6, batch_size=None, batch_tokens=60, grad_accumulation=2)
+    shapes = watched_shapes(run)
     list(run.run())
     assert len(shapes) == 12
     assert all(count == 1 or count * (length + 1) <= 60 for count, length in shapes)
@@ -145,14 +151,7 @@ def test_a_processor_takes_few_tokens_at_a_time(model: Any, monkeypatch: pytest.
     fill(model)
     found = Trainer(model, many, [], TrainConfig(**OPTIONS | {"batch_size": 8}))
     _, whole = found._gradients(many)
-    seen: list[tuple[int, ...]] = []
-    plain = found._value_and_grad
-
-    def watched(model: Any, batch: Batch) -> Any:
-        seen.append(batch.inputs_BxL.shape)
-        return plain(model, batch)
-
-    found._value_and_grad = watched
+    seen = watched_shapes(found)
     monkeypatch.setattr("stages.lora.loop.CPU_TOKENS", 40)
     monkeypatch.setattr("stages.lora.loop.on_cpu", lambda: True)
     _, parts = found._gradients(many)

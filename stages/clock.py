@@ -26,7 +26,6 @@ class Clock:
 
     def figures(self, trainer: Trainer) -> dict[str, Any]:
         """Validation and saving count towards `seconds` alone."""
-        total = trainer.progress.total
         epochs = sorted({pace.epoch for pace in trainer.pace})
         by_epoch = [_rate([pace for pace in trainer.pace if pace.epoch == epoch]) for epoch in epochs]
         return {
@@ -35,7 +34,7 @@ class Clock:
             "tokens_per_second": round(self.rate(trainer), 2),
             "tokens_per_second_by_epoch": [round(rate, 2) for rate in by_epoch],
             "peak_memory_bytes": peak_memory(),
-            "padded_share": round(total.padded_tokens / (total.real_tokens + total.padded_tokens), 4),
+            "padded_share": round(trainer.progress.total.padded_share, 4),
         }
 
 

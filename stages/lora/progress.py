@@ -36,6 +36,10 @@ class Sums:
     def loss(self) -> float:
         return self.loss_sum / self.trained_tokens
 
+    @property
+    def padded_share(self) -> float:
+        return self.padded_tokens / (self.real_tokens + self.padded_tokens)
+
 
 @dataclass(frozen=True)
 class Report:

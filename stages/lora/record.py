@@ -25,7 +25,7 @@ def summary(trainer: Trainer) -> dict[str, Any]:
         "steps": progress.step,
         "epochs": round(total.rows / len(trainer.train), 4),
         "trained_tokens": total.trained_tokens,
-        "padded_share": round(total.padded_tokens / (total.real_tokens + total.padded_tokens), 4),
+        "padded_share": round(total.padded_share, 4),
         "loss": round(progress.reports[-1].loss, 4),
         "grad_norm": round(progress.reports[-1].grad_norm, 4),
     }

@@ -70,6 +70,8 @@ def fed(model: nn.Module, states: States | None) -> Iterator[None]:
 def _layers(model: nn.Module) -> list[Any]:
     """The list itself that the model goes through; `model.layers` may be a copy of it."""
     named: list[Any] = model.layers
+    if model.layers is named:
+        return named  # no copy, which would be another each time
     for module in model.modules():
         for value in module.values():
             if isinstance(value, list) and len(value) == len(named) and value[0] is named[0]:

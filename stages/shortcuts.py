@@ -135,7 +135,7 @@ def _fingerprint(model: Any, layers: int, manifest: base.Base) -> str:
     """What the states of a row follow from besides its tokens."""
     import mlx.core as mx
 
-    from stages.lora.loss import has_cpu_kernels
+    from stages.lora import cpu
     from stages.lora.model import floating_dtype
 
     here = Path(__file__).parent
@@ -146,7 +146,7 @@ def _fingerprint(model: Any, layers: int, manifest: base.Base) -> str:
             "dtype": str(floating_dtype(model)),
             "device": str(mx.default_device()),
             "blas": Path(blas.loaded() or "").name,
-            "cpu_kernels": has_cpu_kernels(model),
+            "cpu_kernels": cpu.is_installed(model),
             "versions": [importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "numpy")],
             "code": {name: files.sha256(here / name) for name in _CODE},
         }

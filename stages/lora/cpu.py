@@ -546,6 +546,11 @@ def install(model: nn.Module, rows: Sequence[TokenRow], *, frozen: int = 0) -> s
     return f"the fast CPU kernels are off: with this model they differ from MLX by {max(distances):.1e}"
 
 
+def is_installed(model: nn.Module) -> bool:
+    """Whether this model uses the functions above."""
+    return bool(getattr(model, "has_cpu_kernels", False))
+
+
 def uninstall(model: nn.Module) -> None:
     """Undo `install`."""
     model.has_cpu_kernels = False

@@ -21,11 +21,11 @@ from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten
 from safetensors.numpy import load, save
 
-from stages.lora import adapter
+from stages.lora import adapter, cpu
 from stages.lora.batches import Batch, Updates, collate, sorted_batches, split
 from stages.lora.distributed import ALONE, Ranks
 from stages.lora.head import narrow_head
-from stages.lora.loss import Loss, fused_sum_loss, has_cpu_kernels, sum_loss, why_not_fused
+from stages.lora.loss import Loss, fused_sum_loss, sum_loss, why_not_fused
 from stages.lora.memory import recompute_activations
 from stages.lora.model import on_cpu
 from stages.lora.optimizer import (
@@ -141,7 +141,7 @@ class Trainer:
         return {
             "fused": self.is_fused,
             "compiled": self.is_compiled,
-            "cpu_kernels": has_cpu_kernels(self.model),
+            "cpu_kernels": cpu.is_installed(self.model),
             "frozen_layers": self.prefix.layers if self.prefix else 0,
         }
 

@@ -50,7 +50,7 @@ def fused_sum_loss(model: nn.Module, batch: Batch, *, chunk_rows: int | None = N
     with fed(model, batch.states):
         hidden_NxD = hidden_at(model, batch.inputs_BxL, batch.trained_N)
     rows = chunk_rows or chunk_length(_vocabulary(model, hidden_NxD))
-    is_eager = has_cpu_kernels(model)
+    is_eager = cpu.is_installed(model)
     cross_entropy = _cross_entropy_on_cpu if is_eager else _cross_entropy
 
     def losses(hidden_nxD: mx.array, targets_n: mx.array) -> mx.array:
@@ -66,11 +66,6 @@ def chunk_length(vocabulary: int) -> int:
     return max(_CHUNK_BYTES // (4 * vocabulary), _CHUNK_ROWS)
 
 
-def has_cpu_kernels(model: nn.Module) -> bool:
-    """Whether `cpu.install` was at this model."""
-    return bool(getattr(model, "has_cpu_kernels", False))
-
-
 def why_not_fused(model: nn.Module) -> str | None:
     """What keeps a model from the fused form, if anything does."""
     if not is_narrowed(model):
@@ -84,7 +79,7 @@ def chunk_scores(model: nn.Module, batch: Batch) -> Iterator[Pair]:
     Evaluate one before the next is asked for, and no more than a chunk's logits are in memory.
     """
     for logits_nxV, targets_n in _logit_chunks(model, batch):
-        if has_cpu_kernels(model):
+        if cpu.is_installed(model):
             yield cpu.cross_entropy(logits_nxV, targets_n)
             continue
         losses_n, _ = cross_entropy_with_gradient(logits_nxV, targets_n)

@@ -5,11 +5,9 @@ On several ranks, rank 0 holds the lock and the checkpoints, and all stop after 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -23,11 +21,6 @@ if TYPE_CHECKING:
     from stages.lora.progress import Event
 
 LOCK_SECONDS = 60  # how long to wait for another process of the same run to leave
-
-
-def checkpoint_root() -> Path:
-    """Outside DVC's outs, and in the project's own folder even for an experiment that runs in a folder of its own."""
-    return Path(os.environ.get("DVC_ROOT", ".")) / "artifacts" / "checkpoints"
 
 
 def run(trainer: Trainer, checkpoints: Checkpoints, *, steps_per_save: int, report: Callable[[Event], None]) -> None:

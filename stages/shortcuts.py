@@ -6,13 +6,12 @@ Each is checked against the plain way before it is taken; what was found is said
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import base, blas, console, files, params
+from stages import base, blas, console, files, params, store
 
 if TYPE_CHECKING:
     from stages.lora.prefix import FrozenPrefix
@@ -21,11 +20,6 @@ if TYPE_CHECKING:
 
 # The code that states come from: with another they may be others.
 _CODE = ("shortcuts.py", "lora/cpu.py", "lora/model.py", "lora/phi3.py", "lora/prefix.py", "lora/state_cache.py")
-
-
-def cache_root() -> Path:
-    """In the project's own folder even for an experiment that runs in a folder of its own."""
-    return Path(os.environ.get("DVC_ROOT", ".")) / "artifacts" / "cache"
 
 
 def take(
@@ -54,7 +48,7 @@ def take(
     if layers == 0:
         console.say("no layers are frozen: the adapter begins at the first")
         return None
-    folder = cache_root() / _fingerprint(model, layers, manifest)
+    folder = store.project("cache") / _fingerprint(model, layers, manifest)
     found = FrozenPrefix(model, layers)
     if reason := found.unfit(rows):
         console.say(f"every layer runs each time: {reason}")

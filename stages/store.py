@@ -1,4 +1,4 @@
-"""The per-machine store: what every checkout of the project on this machine shares and git never sees."""
+"""What is of this machine, and git and DVC never see: the store that all checkouts share, and a project's own state."""
 
 from __future__ import annotations
 
@@ -11,3 +11,8 @@ import platformdirs
 def root() -> Path:
     """The store's folder: `$LORABUILD_STORE`, or a folder of the user's cache directory."""
     return Path(os.environ.get("LORABUILD_STORE") or platformdirs.user_cache_path("lorabuild"))
+
+
+def project(name: str) -> Path:
+    """`artifacts/name` in the project's own folder, even for an experiment that DVC runs in a folder of its own."""
+    return Path(os.environ.get("DVC_ROOT", ".")) / "artifacts" / name

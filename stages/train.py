@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stages import base, console, files, params, resume, shortcuts
+from stages import base, console, files, params, resume, shortcuts, store
 from stages.clock import Clock, peak_memory
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def train(
         init_adapter=_digest(settings.train.init_adapter),
         ways=trainer.ways,
     )
-    checkpoints = Checkpoints(resume.checkpoint_root(), run)
+    checkpoints = Checkpoints(store.project("checkpoints"), run)
     _tell_memory(trainer)
     clock = Clock(started)
     with resume.lock(checkpoints, ranks):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer
 
-from stages import interrupts, resume
+from stages import interrupts, resume, store
 from stages.train import train
 from tests import faults
 
@@ -123,9 +123,9 @@ def test_a_stage_whose_dvc_is_gone_saves_and_leaves(folder: Path) -> None:
 
 def test_checkpoints_lie_in_dvcs_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DVC_ROOT", raising=False)
-    assert resume.checkpoint_root() == Path("artifacts/checkpoints")
+    assert store.project("checkpoints") == Path("artifacts/checkpoints")
     monkeypatch.setenv("DVC_ROOT", "/somewhere")
-    assert resume.checkpoint_root() == Path("/somewhere/artifacts/checkpoints")
+    assert store.project("checkpoints") == Path("/somewhere/artifacts/checkpoints")
 
 
 def test_a_second_process_of_the_same_run_is_refused_with_the_first_ones_id(

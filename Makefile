@@ -23,7 +23,7 @@ test: $(VENV)/.dev lint ## Lint, check types, run the tests
 	@python -m pytest
 
 fault-test: $(VENV)/.dev ## Kill training at 20 random moments and compare what it ends in
-	@python -m tests.faults
+	@python -m tests.support.faults
 
 bench: setup $(PEERS)/.done ## Measure beside mlx_lm.lora and PEFT (DATA=dir SET=key=value QUICK=1)
 	@python -m benchmarks.bench --peers $(CURDIR)/$(PEERS)/bin/python $(if $(QUICK),--quick) \
@@ -47,6 +47,9 @@ constraints: $(VENV)/.dev ## Choose the newest versions anew (then run the tests
 	   uv pip compile --quiet --universal --no-annotate --no-header --no-emit-index-url --upgrade \
 	     --extra cpu --extra datasets --extra near-duplicates --extra dev pyproject.toml | sed -e '/jsfetch/d' -e '/win32/d' -e "s/ ; sys_platform != 'emscripten'//"; } > constraints.txt.new
 	@mv constraints.txt.new constraints.txt
+	@names=$$(sed -n 's/^\([a-z].*\): .*/\1/p' versions.yaml | paste -s -d '|' -); \
+	  { grep '^#' versions.yaml; sed -nE "s/^($$names)==([^ ;]+).*/\1: \2/p" constraints.txt; } > versions.yaml.new
+	@mv versions.yaml.new versions.yaml
 
 doctor: setup ## Show what this machine has
 	@python -m stages doctor

@@ -22,10 +22,12 @@ from benchmarks import mlx_lm_peer
 from benchmarks.ground import LORA, TRAINING, our_settings, write_float32_base
 from benchmarks.processes import ROOT, overrides, run
 from benchmarks.score import losses
-from stages import base, blas, console
+from stages.base.manifest import read_manifest
+from stages.cli import console
+from stages.model import blas
 
 if TYPE_CHECKING:
-    from stages.text.tokens import TokenRow
+    from stages.tokens.row import TokenRow
 
 MAX_LENGTH = 4096  # tokens a row; a longer one is an error, for the two trainers cut at different ends
 
@@ -113,9 +115,9 @@ def read_texts(project: Path) -> list[str]:
 
 
 def read_tokens(project: Path) -> list[TokenRow]:
-    from stages.text import parquet
+    from stages.tokens import parquet
 
-    identity = base.read(project / "artifacts" / "base.json").tokenizer_identity
+    identity = read_manifest(project / "artifacts" / "base.json").tokenizer_identity
     return list(parquet.read_tokens(project / "data" / "tokens" / "train.parquet", tokenizer=identity))
 
 

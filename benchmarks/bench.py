@@ -25,7 +25,8 @@ from benchmarks import growth, report
 from benchmarks.contenders import Contender, Ground, contenders
 from benchmarks.ground import EPOCHS, KINDS, LORA, TRAINING
 from benchmarks.processes import ROOT, run
-from stages import blas, console
+from stages.cli import console
+from stages.model import blas
 
 RESULTS = Path("benchmarks/results")
 

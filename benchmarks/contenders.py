@@ -19,14 +19,14 @@ from benchmarks.processes import Done, overrides, run
 
 Settings = dict[str, Any]
 PLAIN: Settings = {
-    "train.cache_frozen": "off",
+    "model.cache_frozen": "off",
     "train.fused_loss": False,
     "train.compile": "off",
     "model.cpu_kernels": False,
 }
 # In the order in which they are added. A compiled step and the CPU's kernels exclude each other; auto takes the better.
 SAVINGS: dict[str, Settings] = {
-    "frozen layers cached": {"train.cache_frozen": "on"},
+    "frozen layers cached": {"model.cache_frozen": "on"},
     "fused loss": {"train.fused_loss": True},
     "compiled step": {"train.compile": "on"},
     "CPU kernels, not compiled": {"train.compile": "auto", "model.cpu_kernels": True},

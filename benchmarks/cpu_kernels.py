@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from stages import base, console
+from stages.base.manifest import locate, read_manifest
+from stages.cli import console
 
 LAYERS = 8
 
@@ -30,13 +31,13 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=9)
     arguments.add_argument("--base", type=Path, default=Path("artifacts/base.json"))
     given = arguments.parse_args()
-    directory = base.locate(base.read(given.base))
+    directory = locate(read_manifest(given.base))
     _kernels(given.repeats)
     _step(directory, given)
 
 
 def _kernels(repeats: int) -> None:
-    import stages.lora.cpu as cpu
+    import stages.lora.kernels as cpu
     import mlx.core as mx  # isort: skip
     import mlx.nn as nn
     from mlx_lm.models import activations
@@ -89,7 +90,7 @@ def _nanoseconds(times: dict[str, list[float]], count: int) -> list[str]:
 
 
 def _step(directory: Path, given: argparse.Namespace) -> None:
-    import stages.lora.cpu as cpu
+    from stages.lora import patches
     import mlx.core as mx  # isort: skip
     import mlx.nn as nn
 
@@ -100,7 +101,7 @@ def _step(directory: Path, given: argparse.Namespace) -> None:
     rows = _rows(given)
     batch = collate(rows)
     plain, fast = _last_layers(directory), _last_layers(directory)
-    if reason := cpu.install(fast, rows):
+    if reason := patches.install(fast, rows):
         console.warn(reason)
     for model in (plain, fast):
         narrow_head(model)
@@ -142,7 +143,7 @@ def _step(directory: Path, given: argparse.Namespace) -> None:
 
 def _last_layers(directory: Path) -> Any:
     from stages.lora import adapter
-    from stages.lora.model import load_base
+    from stages.model.load import load_base
 
     model: Any = load_base(directory, dtype="float32")[0]
     options: dict[str, Any] = {"type": "lora", "rank": 8, "alpha": 16, "scale": None, "rank_stabilized": False}
@@ -153,7 +154,7 @@ def _last_layers(directory: Path) -> Any:
 
 
 def _rows(given: argparse.Namespace) -> Any:
-    from stages.text.tokens import TokenRow
+    from stages.tokens.row import TokenRow
 
     mask = np.zeros(given.tokens + 1, dtype=bool)
     mask[-given.trained :] = True

@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from benchmarks.processes import ROOT, overrides, run
-from stages import base, blas, console, files
+from stages.base.manifest import locate, read_manifest
+from stages.cli import console
+from stages.files import outputs
+from stages.model import blas
 
 if TYPE_CHECKING:
-    from stages.text.tokens import TokenRow
+    from stages.tokens.row import TokenRow
 
 KINDS = {"answers": "completion", "whole": "all"}  # of loss → tokenize.train_on
 LORA: dict[str, Any] = {"rank": 8, "scale": 2.0, "layers": 8, "modules": ["q_proj", "v_proj"]}
@@ -52,15 +55,15 @@ def make(
     for kind, train_on in KINDS.items():
         wanted = {"tokenize.train_on": train_on, "tokenize.max_length": TRAINING["max_length"]}
         stage(folder, "tokenize", "--out", f"{kind}/all", *given, *overrides(wanted))
-        from stages.text.parquet import read_tokens
+        from stages.tokens.parquet import read_tokens
 
-        identity = base.read(folder / "base.json").tokenizer_identity
+        identity = read_manifest(folder / "base.json").tokenizer_identity
         rows = {name: read_tokens(folder / kind / "all" / f"{name}.parquet", tokenizer=identity) for name in SPLITS}
         held_out = [*rows["valid"], *rows["test"]]
         write_rows(folder, kind, spread(rows["train"], batches=updates), spread(held_out, batches=updates // 2))
         # For a trainer of which one update must do.
         shortest = sorted(rows["train"], key=lambda row: len(row.input_ids))[: TRAINING["batch_size"]]
-        files.write_json(folder / kind / "one.json", {"train": [[plain(row) for row in shortest]], "evaluate": []})
+        outputs.write_json(folder / kind / "one.json", {"train": [[plain(row) for row in shortest]], "evaluate": []})
     write_start(folder, LORA)
 
 
@@ -71,11 +74,11 @@ def write_float32_base(folder: Path) -> Path:
     """The base model of params.yaml, fetched where need be, with plain weights in float32."""
     from mlx_lm.utils import load_tokenizer, save
 
-    from stages.lora.model import load_base
+    from stages.model.load import load_base
 
     manifest, out = folder / "original.json", folder / "float32"
     run(["-m", "stages.fetch", "--out", str(manifest)], folder=ROOT, log=folder / "original.log")
-    directory = base.locate(base.read(manifest))
+    directory = locate(read_manifest(manifest))
     model, config = load_base(directory, dtype="float32", dequantize=True)
     save(out, directory, model, load_tokenizer(directory), config)
     return out
@@ -112,12 +115,13 @@ def spread(rows: Sequence[TokenRow], *, batches: int) -> list[TokenRow]:
 
 def write_rows(folder: Path, kind: str, train: Sequence[TokenRow], held_out: Sequence[TokenRow]) -> None:
     """The rows as Parquet for the stages, and as batches for the others."""
-    from stages.lora.batches import epoch_updates, sorted_batches
-    from stages.text.parquet import write_tokens
+    from stages.lora.batches import sorted_batches
+    from stages.tokens.parquet import write_tokens
+    from stages.training.updates import epoch_updates
 
     tokens, size = folder / kind / "tokens", TRAINING["batch_size"]
     tokens.mkdir(parents=True)
-    about = {"tokenizer": base.read(folder / "base.json").tokenizer_identity}
+    about = {"tokenizer": read_manifest(folder / "base.json").tokenizer_identity}
     for name, rows in {"train": train, "valid": held_out, "test": held_out}.items():
         write_tokens(tokens / f"{name}.parquet", rows, lambda: about)
     lengths = [len(row.input_ids) for row in train]
@@ -128,7 +132,7 @@ def write_rows(folder: Path, kind: str, train: Sequence[TokenRow], held_out: Seq
         "train": [[plain(train[i]) for i in batch] for batch in order],
         "evaluate": [[plain(held_out[i]) for i in batch] for batch in scored],
     }
-    files.write_json(folder / kind / "rows.json", content)
+    outputs.write_json(folder / kind / "rows.json", content)
 
 
 def plain(row: TokenRow) -> dict[str, Any]:
@@ -142,7 +146,7 @@ def plain(row: TokenRow) -> dict[str, Any]:
 def write_start(folder: Path, lora: dict[str, Any]) -> None:
     """The adapter that this project's seed gives, for the others to start from."""
     from stages.lora import adapter
-    from stages.lora.model import load_base
+    from stages.model.load import load_base
 
     model, _ = load_base(folder / "float32", dtype="float32")
     keys = tuple(f"self_attn.{name}" for name in lora["modules"])

@@ -79,7 +79,7 @@ def make(folder: Path, shape: dict[str, int]) -> None:
     """The ground for one shape."""
     import numpy as np
 
-    from stages.text.tokens import TokenRow
+    from stages.tokens.row import TokenRow
 
     folder.mkdir()
     (folder / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
@@ -133,7 +133,7 @@ def _write_model(folder: Path, shape: dict[str, int]) -> None:
 
 
 if __name__ == "__main__":
-    from stages import blas
+    from stages.model import blas
 
     blas.preload()
     make(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))

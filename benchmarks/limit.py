@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ground import LORA
-from stages import blas
+from stages.model import blas
 
 Product = tuple[int, int, int, bool, float]  # rows, inner, columns, is the right side transposed, how often
 

@@ -150,7 +150,7 @@ def use_token_rows(path: Path) -> None:
 def main() -> None:
     spec, record = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     if spec["blas"]:
-        from stages import blas
+        from stages.model import blas
 
         blas.preload()
     watcher = Watcher()

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages import base, blas
+from stages.base.manifest import read_manifest
+from stages.model import blas
 
 if TYPE_CHECKING:
-    from stages.text.tokens import TokenRow
+    from stages.tokens.row import TokenRow
 
 BATCH_SIZE = 4
 
@@ -26,7 +27,7 @@ def losses(model_dir: Path, adapters: Sequence[Path], rows: Sequence[TokenRow]) 
 
     from stages.lora import adapter
     from stages.lora.batches import collate, sorted_batches
-    from stages.lora.model import load_base
+    from stages.model.load import load_base
 
     model, _ = load_base(model_dir, dtype="float32")
     order = sorted_batches([len(row.input_ids) for row in rows], batch_size=BATCH_SIZE)
@@ -53,10 +54,10 @@ def losses(model_dir: Path, adapters: Sequence[Path], rows: Sequence[TokenRow]) 
 
 def main() -> None:
     blas.preload()
-    from stages.text.parquet import read_tokens
+    from stages.tokens.parquet import read_tokens
 
     ground, kind, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    identity = base.read(ground / "base.json").tokenizer_identity
+    identity = read_manifest(ground / "base.json").tokenizer_identity
     rows = read_tokens(ground / kind / "tokens" / "test.parquet", tokenizer=identity)
     scores = losses(ground / "float32", [Path(name) for name in sys.argv[4:]], rows)
     out.write_text(json.dumps([score for score, _ in scores]))

@@ -24,7 +24,10 @@ import typer
 from benchmarks import contenders, ground
 from benchmarks.processes import ROOT, run
 from benchmarks.targets import targets
-from stages import base, blas, console, files
+from stages.base.manifest import read_manifest
+from stages.cli import console
+from stages.files import outputs
+from stages.model import blas
 
 RATES = (5e-5, 7e-5, 1.5e-4, 2e-4, 3e-4, 5e-4)
 FIRST, SECOND = 1e-4, 1.2e-4
@@ -62,7 +65,7 @@ def sweep(
         with console.progress("mlx_lm.lora"):
             seconds = [run_theirs(work, folder / f"mlx_lm-{rate}", rate) for rate in RATES[:measured]]
         found["theirs"] = sum(seconds) / measured * len(RATES)
-    files.write_json(out / "sweep.json", found)
+    outputs.write_json(out / "sweep.json", found)
     console.table(
         f"{work.updates} updates each",
         ("", "seconds"),
@@ -118,12 +121,12 @@ def dvc(project: Path, *arguments: str) -> float:
 
 def make_ground(folder: Path, project: Path) -> contenders.Ground:
     """The rows that the project trained on, for mlx_lm.lora: the batches in their order, full ones alone."""
-    from stages.text.parquet import read_tokens
+    from stages.tokens.parquet import read_tokens
 
     folder.mkdir()
     ground.write_float32_base(folder)
     shutil.copyfile(project / "artifacts" / "base.json", folder / "base.json")
-    identity = base.read(folder / "base.json").tokenizer_identity
+    identity = read_manifest(folder / "base.json").tokenizer_identity
     tokens = [project / "data" / "tokens" / f"{name}.parquet" for name in ground.SPLITS]
     train, valid, test = (read_tokens(path, tokenizer=identity) for path in tokens)
     ground.write_rows(folder, "answers", train, test)

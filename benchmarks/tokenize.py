@@ -32,9 +32,10 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=3)
     given = arguments.parse_args()
 
-    from stages import base, console
+    from stages.base.manifest import locate, read_manifest
+    from stages.cli import console
 
-    directory = base.locate(base.read(given.base))
+    directory = locate(read_manifest(given.base))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_prepared(folder / "train.jsonl", given.data, given.rows)
@@ -65,10 +66,10 @@ def tokenize_stage(tokenizer: Any, folder: Path) -> int:
     """What `python -m stages.tokenize` does: read JSONL, encode, mask, count, write Parquet."""
     import pyarrow
 
-    from stages.text.encode import Encoder
-    from stages.text.lengths import Tally, fallback_ids
-    from stages.text.parquet import write_tokens
-    from stages.text.prepared import read_prepared
+    from stages.encoding.encoder import Encoder
+    from stages.encoding.lengths import Tally, fallback_ids
+    from stages.prepared.row import read_prepared
+    from stages.tokens.parquet import write_tokens
 
     encoder = Encoder(tokenizer, max_length=4096, train_on="completion")
     tally = Tally(fallback_ids(encoder.backend))
@@ -143,7 +144,7 @@ def _run(way: Callable[[Any, Path], int | None], directory: Path, folder: Path) 
 
 
 def _measure(way: Callable[[Any, Path], int | None], directory: Path, folder: Path) -> dict[str, Any] | None:
-    from stages.text.tokens import load_tokenizer
+    from stages.chat.tokenizer import load_tokenizer
 
     tokens = way(load_tokenizer(directory), folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

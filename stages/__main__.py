@@ -2,7 +2,7 @@
 
 import typer
 
-from stages import console
+from stages.cli import console
 from stages.doctor import doctor
 from stages.evaluate import evaluate
 from stages.fetch import fetch

@@ -11,7 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from stages import blas, console, store
+from stages.base import store
+from stages.cli import console
+from stages.model import blas
 
 GB = 1e9
 

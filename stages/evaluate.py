@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stages import base, console, files, params, shortcuts
+from stages.base.manifest import locate, read_manifest
+from stages.cli import console
+from stages.files import hashes, outputs
+from stages.lora import execution as shortcuts
+from stages.params.loading import load_params
 
 if TYPE_CHECKING:
-    from stages.lora.distributed import Ranks
-    from stages.lora.prefix import FrozenPrefix
-    from stages.lora.score import Score
-    from stages.text.tokens import TokenRow
+    from stages.lora.frozen import FrozenPrefix
+    from stages.scoring.ranks import Ranks
+    from stages.scoring.score import Score
+    from stages.tokens.row import TokenRow
 
 
 def evaluate(
@@ -38,15 +42,16 @@ def evaluate(
 
     Under `mlx.launch` its processes share out the rows; the first of them talks and writes.
     """
-    from stages.lora import adapter, distributed
-    from stages.lora.model import load_base
-    from stages.text.parquet import read_tokens
+    from stages.lora import adapter
+    from stages.model.load import load_base
+    from stages.scoring import ranks as distributed
+    from stages.tokens.parquet import read_tokens
 
     ranks = distributed.join()
     console.follow(ranks.rank)
-    settings = params.load(params_file, overrides or ())
-    files.refuse_foreign(out, ["rows.parquet"], inputs=[tokens, adapter_dir])
-    manifest = base.read(base_file)
+    settings = load_params(params_file, overrides or ())
+    outputs.refuse_foreign(out, ["rows.parquet"], inputs=[tokens, adapter_dir])
+    manifest = read_manifest(base_file)
     rows = read_tokens(tokens / "test.parquet", tokenizer=manifest.tokenizer_identity)
     if not rows:
         raise ValueError(
@@ -55,13 +60,13 @@ def evaluate(
     ranks.agree(
         {
             "params": settings.model_dump(include={"evaluate", "model"}),
-            "tokens": files.sha256(tokens / "test.parquet"),
+            "tokens": hashes.sha256(tokens / "test.parquet"),
             "base": manifest.identity,
         }
     )
     with console.progress("loading the base model"):
         model, _ = load_base(
-            base.locate(manifest), dtype=settings.model.dtype, trust_remote_code=settings.model.trust_remote_code
+            locate(manifest), dtype=settings.model.dtype, trust_remote_code=settings.model.trust_remote_code
         )
     size = settings.evaluate.batch_size
     with _adapter_of_first(adapter_dir, ranks) as folder:
@@ -91,12 +96,14 @@ def evaluate(
         **{name: _figures(total) for name, total in totals.items()},
         "rows_improved": sum(a.loss < b.loss for a, b in zip(scores["adapter"], scores["base"], strict=True)),
     }
-    with files.replacing(out) as draft:
+    with outputs.replacing(out) as draft:
         draft.mkdir()
         _write_rows(draft / "rows.parquet", rows, scores)
-    files.write_json(metrics, summary)
+    outputs.write_json(metrics, summary)
     count = sum(len(row.input_ids) for row in rows)
-    files.write_json(timing, {f"{name}_tokens_per_second": round(count / taken, 2) for name, taken in seconds.items()})
+    outputs.write_json(
+        timing, {f"{name}_tokens_per_second": round(count / taken, 2) for name, taken in seconds.items()}
+    )
     console.table(
         f"Test split: {summary['rows']:,} rows, {summary['tokens']:,} scored tokens → {metrics}",
         ("", "base", "adapter"),
@@ -108,7 +115,7 @@ def _score(
     model: Any, rows: list[TokenRow], batch_size: int, name: str, ranks: Ranks, prefix: FrozenPrefix | None
 ) -> list[Score]:
     """Each row's score, in the order of the rows, whichever rank scored it."""
-    from stages.lora.score import gather_scores, score_rows
+    from stages.scoring.score import gather_scores, score_rows
 
     own = ranks.deal([len(row.input_ids) for row in rows])
     with console.progress(f"scoring {name}", total=len(own)) as advance:

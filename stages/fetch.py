@@ -1,6 +1,6 @@
 """Fetch the base model and write down which one it is, exactly.
 
-params.model → artifacts/base.json: `python -m stages.fetch --out artifacts/base.json`
+model → artifacts/base.json: `python -m stages.fetch --out artifacts/base.json`
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ from typing import Annotated
 
 import typer
 
-from stages import base, console, params, sources
+from stages.base.manifest import Manifest, describe, quantization_label, remember, total_size, write_manifest
+from stages.cli import console
+from stages.params import schema
+from stages.params.loading import load_params
+from stages.sources import obtain as sources
 
 
 def fetch(
@@ -19,15 +23,15 @@ def fetch(
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:
-    """Read `model` of params.yaml, bring that base model to this machine, write its manifest.
+    """Read `model` of yaml, bring that base model to this machine, write its manifest.
 
     The weights go to the per-machine store (or stay in the Hugging Face cache, or where your directory is); the
     manifest holds source, revision and every file's sha256. What is there already is checked, not fetched again.
     """
-    model = params.load(params_file, overrides or ()).model
+    model = load_params(params_file, overrides or ()).model
     manifest, directory = _obtain(model, refresh=refresh)
-    base.remember(manifest, directory)
-    base.write(out, manifest)
+    remember(manifest, directory)
+    write_manifest(out, manifest)
     console.table(
         f"Base model → {out}",
         ("", "value"),
@@ -35,19 +39,19 @@ def fetch(
             ("source", manifest.source),
             ("revision", manifest.revision),
             ("architecture", manifest.architecture),
-            ("quantisation", base.quantization_label(manifest)),
+            ("quantisation", quantization_label(manifest)),
             ("size", f"{manifest.size / 1e6:,.0f} MB in {len(manifest.files)} files"),
         ],
     )
 
 
-def _obtain(model: params.Model, *, refresh: bool) -> tuple[base.Base, Path]:
+def _obtain(model: schema.Model, *, refresh: bool) -> tuple[Manifest, Path]:
     """The manifest and folder of an undamaged copy; a damaged one is fetched again, once."""
     for _ in range(2):
         with console.progress(f"fetching {model.source}"):
             copy = sources.obtain(model, refresh=refresh)
-        with console.progress("hashing", total=base.total_size(copy.directory)) as advance:
-            manifest = base.describe(
+        with console.progress("hashing", total=total_size(copy.directory)) as advance:
+            manifest = describe(
                 copy.directory,
                 source=copy.source,
                 revision=copy.revision,

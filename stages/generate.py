@@ -12,11 +12,15 @@ from typing import Annotated
 
 import typer
 
-from stages import base, console, files, params
-from stages.text.jsonl import read_jsonl
-from stages.text.prompts import Prompt, Prompts
-from stages.text.rows import strict
-from stages.text.tokens import load_tokenizer
+from stages.base.manifest import locate, read_manifest
+from stages.chat.tokenizer import load_tokenizer
+from stages.cli import console
+from stages.files import outputs
+from stages.params import schema
+from stages.params.loading import load_params
+from stages.readers import find
+from stages.readers.rows import strict
+from stages.sampling.prompts import Prompt, Prompts
 
 
 def generate(
@@ -36,22 +40,21 @@ def generate(
 
     With --prompt, nothing is written: the merged model's answer streams to the terminal.
     """
-    settings = params.load(params_file, overrides or ())
+    settings = load_params(params_file, overrides or ())
     if prompt is not None:
         directory = _require(merged)
         _stream(directory, _prompts(directory, settings).of_words(prompt), settings)
         return
-    models = {"base": base.locate(base.read(base_file)), "merged": _require(merged)}
+    models = {"base": locate(read_manifest(base_file)), "merged": _require(merged)}
     maker = _prompts(models["base"], settings)
-    files.refuse_foreign(out, ["samples.jsonl", "samples.md"], inputs=[merged, prompts])
-    asked = [_ask(maker, row.fields, row.place) for row in strict(read_jsonl(prompts))]
-    if not asked:
-        raise ValueError(f"{prompts}: holds no rows; add some")
+    outputs.refuse_foreign(out, ["samples.jsonl", "samples.md"], inputs=[merged, prompts])
+    sources, _ = find.find([prompts])
+    asked = [_ask(maker, row.fields, row.place) for source in sources for row in strict(source.rows())]
     answers = {name: _answers(directory, name, asked, settings) for name, directory in models.items()}
     samples = [
         {"prompt": asked[i].text, **{name: given[i] for name, given in answers.items()}} for i in range(len(asked))
     ]
-    with files.replacing(out) as draft:
+    with outputs.replacing(out) as draft:
         draft.mkdir()
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
         (draft / "samples.jsonl").write_bytes("".join(lines).encode())
@@ -59,10 +62,10 @@ def generate(
     console.say(f"{len(samples)} prompts answered by base and merged model → {out}")
 
 
-def _answers(directory: Path, name: str, asked: list[Prompt], settings: params.Params) -> list[str]:
+def _answers(directory: Path, name: str, asked: list[Prompt], settings: schema.Params) -> list[str]:
     """One model's answers, in the order of the prompts."""
-    from stages.lora.model import load_base
-    from stages.lora.sample import answer_all, load_decoder
+    from stages.model.load import load_base
+    from stages.sampling.decode import answer_all, load_decoder
 
     trust = settings.model.trust_remote_code
     model, config = load_base(directory, dtype=settings.model.dtype, trust_remote_code=trust)
@@ -76,9 +79,9 @@ def _answers(directory: Path, name: str, asked: list[Prompt], settings: params.P
     return [answers[index] for index in range(len(asked))]
 
 
-def _stream(directory: Path, prompt: Prompt, settings: params.Params) -> None:
-    from stages.lora.model import load_base
-    from stages.lora.sample import answer_stream, load_decoder
+def _stream(directory: Path, prompt: Prompt, settings: schema.Params) -> None:
+    from stages.model.load import load_base
+    from stages.sampling.decode import answer_stream, load_decoder
 
     trust = settings.model.trust_remote_code
     model, config = load_base(directory, dtype=settings.model.dtype, trust_remote_code=trust)
@@ -89,7 +92,7 @@ def _stream(directory: Path, prompt: Prompt, settings: params.Params) -> None:
     typer.echo()
 
 
-def _prompts(directory: Path, settings: params.Params) -> Prompts:
+def _prompts(directory: Path, settings: schema.Params) -> Prompts:
     tokenizer = load_tokenizer(directory, trust_remote_code=settings.model.trust_remote_code)
     rendered_by = {name: getattr(settings.prepare, name) for name in ("template", "columns", "normalize")}
     return Prompts(tokenizer, **rendered_by, chat_template=settings.tokenize.chat_template)

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from stages import base, console, params
+from stages.base.manifest import locate, read_manifest
+from stages.cli import console
+from stages.params.loading import load_params
 
 if TYPE_CHECKING:
-    from stages.text.tokens import TokenRow
+    from stages.tokens.row import TokenRow
 
 _TRAINED, _CONTEXT = ("black on green", "black on bright_green"), ("dim", "dim italic")
 # Control characters would drive the terminal: their pictures stand for them.
@@ -34,20 +36,20 @@ def inspect(
 
     Neighbouring tokens differ in shade. Where colours are not shown (a file, a pipe), «…» surrounds what is learned.
     """
-    from stages.text.parquet import read_lengths, read_metadata, read_row
-    from stages.text.tokens import load_tokenizer
+    from stages.chat.tokenizer import load_tokenizer
+    from stages.tokens.parquet import read_lengths, read_metadata, read_row
 
-    trust = params.load(params_file, overrides or ()).model.trust_remote_code
+    trust = load_params(params_file, overrides or ()).model.trust_remote_code
     about, lengths = read_metadata(tokens), read_lengths(tokens)
     if longest:
         row = int(lengths.argmax()) if len(lengths) else 0
     elif random:
         row = randomness.SystemRandom().randrange(max(len(lengths), 1))
     chosen = read_row(tokens, row)
-    manifest = base.read(base_file)
+    manifest = read_manifest(base_file)
     if about["tokenizer"] != manifest.tokenizer_identity:
         raise ValueError(f"{tokens}: made with another base model's tokenizer; run: python -m stages.tokenize")
-    tokenizer = load_tokenizer(base.locate(manifest), trust_remote_code=trust)
+    tokenizer = load_tokenizer(locate(manifest), trust_remote_code=trust)
     policy = about["policy"]
     console.say(f"Row {row} of {len(lengths):,}, id {chosen.id}, from {chosen.source}")
     console.out.print(_shown(chosen, tokenizer, coloured=console.out.is_terminal), soft_wrap=True)

@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stages import base, console, files, params
+from stages.base.manifest import CODE_FILES, MODEL_FILES, Manifest, locate, read_manifest
+from stages.cli import console
+from stages.files import outputs
+from stages.params import schema
+from stages.params.loading import load_params
 
 if TYPE_CHECKING:
-    from stages.lora.merge import Agreement
+    from stages.merging.agreement import Agreement
 
 
 def merge(
@@ -31,15 +35,17 @@ def merge(
     overrides: console.Overrides = None,
 ) -> None:
     """Write base + adapter as one model; read it back and compare its predictions with the adapter's, or fail."""
-    from stages.lora import adapter, model
-    from stages.lora import merge as core
-    from stages.text.parquet import read_tokens
+    from stages.lora import adapter
+    from stages.merging import fuse as core
+    from stages.merging.agreement import compare, log_probabilities
+    from stages.model import load as model
+    from stages.tokens.parquet import read_tokens
 
-    settings = params.load(params_file, overrides or ())
-    files.refuse_foreign(out, (*base.MODEL_FILES, *base.CODE_FILES), inputs=[adapter_dir, tokens])
+    settings = load_params(params_file, overrides or ())
+    outputs.refuse_foreign(out, (*MODEL_FILES, *CODE_FILES), inputs=[adapter_dir, tokens])
     options = settings.merge
-    manifest = base.read(base_file)
-    directory = base.locate(manifest)
+    manifest = read_manifest(base_file)
+    directory = locate(manifest)
     trust = settings.model.trust_remote_code
     rows = read_tokens(tokens / "valid.parquet", tokenizer=manifest.tokenizer_identity)
     rows = rows or read_tokens(tokens / "train.parquet", tokenizer=manifest.tokenizer_identity)
@@ -48,9 +54,9 @@ def merge(
     with console.progress("reading the adapter's predictions"):
         adapted, _ = model.load_base(directory, dtype=settings.model.dtype, trust_remote_code=trust)
         adapter.load(adapted, adapter_dir)
-        said = core.log_probabilities(adapted, rows)
+        said = log_probabilities(adapted, rows)
         del adapted
-    with files.replacing(out) as draft:
+    with outputs.replacing(out) as draft:
         with console.progress("merging"):
             fused, config = model.load_base(
                 directory, dtype=options.dtype, dequantize=options.dequantize, keep_dtype=True, trust_remote_code=trust
@@ -65,7 +71,7 @@ def merge(
             del fused
         with console.progress("reading the merged model's predictions"):
             merged, _ = model.load_base(draft, dtype=settings.model.dtype, trust_remote_code=trust)
-            agreement = core.agreement(said, core.log_probabilities(merged, rows))
+            agreement = compare(said, log_probabilities(merged, rows))
         _refuse_loss(agreement, options)
     summary = {
         "rows": len(rows),
@@ -73,7 +79,7 @@ def merge(
         "max_divergence": round(agreement.max_divergence, 5),
         "same_choice": round(agreement.same_choice, 4),
     }
-    files.write_json(metrics, summary)
+    outputs.write_json(metrics, summary)
     size = sum(path.stat().st_size for path in out.iterdir())
     console.table(
         f"Merged model, {size / 1e6:,.0f} MB → {out}",
@@ -82,7 +88,7 @@ def merge(
     )
 
 
-def _refuse_loss(agreement: Agreement, options: params.Merge) -> None:
+def _refuse_loss(agreement: Agreement, options: schema.Merge) -> None:
     if not agreement.mean_divergence <= options.max_divergence:
         mend = "merge in a wider type (merge.dtype)"
         if not options.dequantize:
@@ -93,7 +99,7 @@ def _refuse_loss(agreement: Agreement, options: params.Merge) -> None:
         )
 
 
-def _write_model(draft: Path, model: Any, config: dict[str, Any], directory: Path, manifest: base.Base) -> None:
+def _write_model(draft: Path, model: Any, config: dict[str, Any], directory: Path, manifest: Manifest) -> None:
     """Weights, config and, from the base, everything that is neither."""
     from mlx_lm.utils import save_model
 

@@ -11,10 +11,12 @@ from typing import Annotated
 
 import typer
 
-from stages import console, files, params
-from stages.text import readers
-from stages.text.corpus import REASONS, Recipe, Report, write_corpus
-from stages.text.split import SPLITS
+from stages.cli import console
+from stages.corpus.corpus import REASONS, Recipe, Report, write_corpus
+from stages.files import outputs
+from stages.params.loading import load_params
+from stages.prepared.splits import SPLITS
+from stages.readers import find as readers
 
 _COLUMNS = (*SPLITS, "all")
 
@@ -37,9 +39,9 @@ def prepare(
     its own text (or its group) and `prepare.seed`: with fractions, adding rows moves none of the old ones.
     """
     started = time.perf_counter()
-    options = params.load(params_file, overrides or ()).prepare
+    options = load_params(params_file, overrides or ()).prepare
     raw = raw or [Path("data/raw")]
-    files.refuse_foreign(out, [*(f"{name}.jsonl" for name in SPLITS), "sources.json"], inputs=raw)
+    outputs.refuse_foreign(out, [*(f"{name}.jsonl" for name in SPLITS), "sources.json"], inputs=raw)
     if options.dataset is not None:
         sources = readers.find_dataset(options.dataset)
     else:
@@ -47,10 +49,10 @@ def prepare(
         for path in ignored:
             console.say(f"passed over: {path}")
     recipe = Recipe(**options.model_dump(exclude={"dataset"}))
-    with files.replacing(out) as draft, console.progress("preparing", sum(s.size for s in sources)) as advance:
+    with outputs.replacing(out) as draft, console.progress("preparing", sum(s.size for s in sources)) as advance:
         report = write_corpus(draft, sources, recipe, advance)
         ledger = {name: report.ledger.figures(name) for name in _COLUMNS}
-    files.write_json(metrics, ledger)
+    outputs.write_json(metrics, ledger)
     _tell(report, ledger, out, time.perf_counter() - started)
 
 

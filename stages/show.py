@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from stages import console
+from stages.cli import console
 
 
 def show(

@@ -15,12 +15,17 @@ from typing import Annotated, Any
 
 import typer
 
-from stages import base, console, files, params
-from stages.text.encode import Encoded, Encoder
-from stages.text.lengths import Tally, fallback_ids
-from stages.text.prepared import read_prepared
-from stages.text.split import SPLITS
-from stages.text.tokens import TokenRow, load_tokenizer
+from stages.base.manifest import locate, read_manifest
+from stages.chat.tokenizer import load_tokenizer
+from stages.cli import console
+from stages.encoding.encoder import Encoded, Encoder
+from stages.encoding.lengths import Tally, fallback_ids
+from stages.files import outputs
+from stages.params import schema
+from stages.params.loading import load_params
+from stages.prepared.row import read_prepared
+from stages.prepared.splits import SPLITS
+from stages.tokens.row import TokenRow
 
 _COLUMNS = (*SPLITS, "all")
 
@@ -40,19 +45,19 @@ def tokenize(
 
     Look at the result with `python -m stages inspect data/tokens/train.parquet --row 3`.
     """
-    from stages.text.parquet import write_tokens
+    from stages.tokens.parquet import write_tokens
 
-    settings = params.load(params_file, overrides or ())
+    settings = load_params(params_file, overrides or ())
     options = settings.tokenize
-    files.refuse_foreign(out, [f"{name}.parquet" for name in SPLITS], inputs=[prepared])
-    manifest = base.read(base_file)
-    tokenizer = load_tokenizer(base.locate(manifest), trust_remote_code=settings.model.trust_remote_code)
+    outputs.refuse_foreign(out, [f"{name}.parquet" for name in SPLITS], inputs=[prepared])
+    manifest = read_manifest(base_file)
+    tokenizer = load_tokenizer(locate(manifest), trust_remote_code=settings.model.trust_remote_code)
     encoder = Encoder(tokenizer, **options.model_dump(exclude={"on_bad_row"}))
     tally = Tally(fallback_ids(encoder.backend))
     made_of = _sources(prepared)
     about = {"tokenizer": manifest.tokenizer_identity, "policy": options.model_dump(), "sources": made_of["sources"]}
     started = time.perf_counter()
-    with files.replacing(out) as draft:
+    with outputs.replacing(out) as draft:
         draft.mkdir()
         for name in SPLITS:
             total = made_of["rows"].get(name)
@@ -62,8 +67,8 @@ def tokenize(
                 write_tokens(draft / f"{name}.parquet", rows, partial(_about, about, encoder, tally, name))
             _refuse_empty(name, tally.figures(name))
         figures = {name: tally.figures(name) for name in _COLUMNS}
-    files.write_json(metrics, figures)
-    files.write_text(plot, "".join(["length,split,rows\n", *(f"{a},{b},{c}\n" for a, b, c in tally.histogram())]))
+    outputs.write_json(metrics, figures)
+    outputs.write_text(plot, "".join(["length,split,rows\n", *(f"{a},{b},{c}\n" for a, b, c in tally.histogram())]))
     _tell(figures, tally.advice(options.max_length), out, time.perf_counter() - started)
 
 
@@ -84,7 +89,7 @@ def _about(about: dict[str, Any], encoder: Encoder, tally: Tally, name: str) -> 
 
 
 def _counted(
-    results: Iterator[Encoded], count: Callable[[Encoded], None], options: params.Tokenize, advance: Any
+    results: Iterator[Encoded], count: Callable[[Encoded], None], options: schema.Tokenize, advance: Any
 ) -> Iterator[TokenRow]:
     """The token rows, their making counted on the way.
 

@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stages import base, console, files, params, resume, shortcuts, store
-from stages.clock import Clock, peak_memory
+from stages.base import store
+from stages.base.manifest import Manifest, locate, read_manifest
+from stages.cli import console
+from stages.files import hashes, outputs
+from stages.lora import execution as shortcuts
+from stages.params import schema
+from stages.params.loading import load_params
+from stages.training import resume
+from stages.training.throughput import Clock, peak_memory
 
 if TYPE_CHECKING:
     from stages.lora.adapter import LoraConfig
-    from stages.lora.loop import TrainConfig, Trainer
-    from stages.lora.progress import Event
-    from stages.text.tokens import TokenRow
+    from stages.tokens.row import TokenRow
+    from stages.training.loop import TrainConfig, Trainer
+    from stages.training.progress import Event
 
 
 def train(
@@ -42,17 +49,19 @@ def train(
 
     Under `mlx.launch` its processes share out each update's rows; the first of them talks and writes.
     """
-    from stages.lora import adapter, distributed, record
-    from stages.lora.checkpoint import Checkpoints, fingerprint
-    from stages.lora.loop import Trainer
-    from stages.text.parquet import read_tokens
+    from stages.lora import adapter
+    from stages.scoring import ranks as distributed
+    from stages.tokens.parquet import read_tokens
+    from stages.training import record
+    from stages.training.checkpoint import Checkpoints, fingerprint
+    from stages.training.loop import Trainer
 
     started = time.perf_counter()
     ranks = distributed.join()
     console.follow(ranks.rank)
-    settings = params.load(params_file, overrides or ())
-    files.refuse_foreign(out, ["adapters.safetensors", "adapter_config.json"], inputs=[tokens])
-    manifest = base.read(base_file)
+    settings = load_params(params_file, overrides or ())
+    outputs.refuse_foreign(out, ["adapters.safetensors", "adapter_config.json"], inputs=[tokens])
+    manifest = read_manifest(base_file)
     splits = {name: tokens / f"{name}.parquet" for name in ("train", "valid")}
     rows = {name: read_tokens(path, tokenizer=manifest.tokenizer_identity) for name, path in splits.items()}
     model, lora = _adapted_model(settings, manifest)
@@ -74,7 +83,7 @@ def train(
         ranks,
         params=settings.model_dump(include={"seed", "lora", "train"})
         | settings.model.model_dump(include={"dtype", "cpu_kernels"}),
-        tokens={name: files.sha256(path) for name, path in splits.items()},
+        tokens={name: hashes.sha256(path) for name, path in splits.items()},
         base=manifest.identity,
         init_adapter=_digest(settings.train.init_adapter),
         ways=trainer.ways,
@@ -94,23 +103,23 @@ def train(
         if ranks.rank:
             return
         trainer.finish()
-        with files.replacing(out) as draft:
+        with outputs.replacing(out) as draft:
             adapter.save(draft, model, lora)
         for name, text in record.curves(trainer.progress).items():
-            files.write_text(plots / name, text)
+            outputs.write_text(plots / name, text)
         summary = record.summary(trainer)
-        files.write_json(metrics, summary)
-        files.write_json(timing, clock.figures(trainer))
+        outputs.write_json(metrics, summary)
+        outputs.write_json(timing, clock.figures(trainer))
         checkpoints.clear()
     console.table(f"Training → {out}", ("", "value"), ((name.replace("_", " "), v) for name, v in summary.items()))
 
 
-def _adapted_model(settings: params.Params, manifest: base.Base) -> tuple[Any, LoraConfig]:
+def _adapted_model(settings: schema.Params, manifest: Manifest) -> tuple[Any, LoraConfig]:
     """The base model with its adapter, fresh or taken from `train.init_adapter`, and the adapter's config."""
     from stages.lora import adapter
-    from stages.lora.model import load_base
+    from stages.model.load import load_base
 
-    directory = base.locate(manifest)
+    directory = locate(manifest)
     with console.progress("loading the base model"):
         model, _ = load_base(directory, dtype=settings.model.dtype, trust_remote_code=settings.model.trust_remote_code)
     config = adapter.configure(model, **settings.lora.model_dump())
@@ -131,14 +140,14 @@ def _digest(init_adapter: str | None) -> str | None:
     """The bytes that an earlier adapter starts the run with."""
     from stages.lora.adapter import WEIGHTS_FILE
 
-    return None if init_adapter is None else files.sha256(Path(init_adapter) / WEIGHTS_FILE)
+    return None if init_adapter is None else hashes.sha256(Path(init_adapter) / WEIGHTS_FILE)
 
 
-def _config(settings: params.Params, rows: list[TokenRow], ranks: int) -> TrainConfig:
-    from stages.lora.batches import Updates
-    from stages.lora.loop import TrainConfig
+def _config(settings: schema.Params, rows: list[TokenRow], ranks: int) -> TrainConfig:
+    from stages.training.loop import TrainConfig
+    from stages.training.updates import Updates
 
-    options = settings.train.model_dump(exclude={"epochs", "iters", "init_adapter", "cache_frozen"})
+    options = settings.train.model_dump(exclude={"epochs", "iters", "init_adapter"})
     options["betas"] = tuple(options["betas"])
     sizes = {name: options[name] for name in ("batch_size", "batch_tokens", "grad_accumulation")}
     updates = Updates([len(row.input_ids) for row in rows], seed=settings.seed, **sizes)
@@ -156,7 +165,7 @@ def _config(settings: params.Params, rows: list[TokenRow], ranks: int) -> TrainC
 
 def _tell_memory(trainer: Trainer) -> None:
     """What the run will take of the memory there is, and what would help if it seems too much."""
-    from stages.lora import memory
+    from stages.training import memory
 
     options: dict[str, Any] = {**trainer.share, "grad_checkpoint": trainer.config.grad_checkpoint}
     needed = memory.estimate(trainer.model, trainer.train, **options, fused_loss=trainer.is_fused)

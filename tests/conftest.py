@@ -9,8 +9,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from stages.tokens.row import TokenRow
 
 # No test talks to a network, whatever it calls, nor to the user's own store: the fast BLAS is loaded, and its copy
 # made, when the first test module imports the core.
@@ -30,7 +34,7 @@ def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A randomly initialised Llama of 3 layers with a byte-level tokenizer, in the Hugging Face layout."""
-    from tests.tiny import write_llama
+    from tests.support.tiny import write_llama
 
     return write_llama(tmp_path_factory.mktemp("tiny_llama"))
 
@@ -38,7 +42,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with params.yaml and rows, the tiny model as its base; the working directory of the test."""
-    from tests.tiny import small_params
+    from tests.support.tiny import small_params
 
     folder = tmp_path / "project"
     (folder / "data" / "raw").mkdir(parents=True)
@@ -49,3 +53,19 @@ def project(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -
     (folder / "data" / "prompts.jsonl").write_text('{"question": "9 더하기 9는?"}\n', encoding="utf-8")
     monkeypatch.chdir(folder)
     yield folder
+
+
+@pytest.fixture
+def rows() -> list[TokenRow]:
+    """Eleven rows of different lengths, so that four do not divide them."""
+    from tests.support.rows import token_row
+
+    return [token_row(i, 6 + 3 * i, trained=2 + i) for i in range(11)]
+
+
+@pytest.fixture
+def model(tiny_llama: Path) -> Any:
+    """The frozen tiny Llama in float32."""
+    from stages.model.load import load_base
+
+    return load_base(tiny_llama, dtype="float32")[0]

@@ -13,9 +13,9 @@ import pytest
 
 from benchmarks import contenders, drawing, ground, growth, limit, processes, report
 from benchmarks.targets import targets
-from stages import blas
-from stages.text.tokens import TokenRow
-from tests.imports import ROOT
+from stages.model import blas
+from stages.tokens.row import TokenRow
+from tests.support.imports import ROOT
 
 
 def entry(rate: float, memory: float, loss: float, **more: Any) -> dict[str, Any]:

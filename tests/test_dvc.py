@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.imports import ROOT
-from tests.test_dag import DAG, STAGES, paths
+from tests.support.dag import DAG, STAGES, paths
+from tests.support.imports import ROOT
 
 
 def downstream(first: set[str]) -> set[str]:
@@ -49,7 +49,7 @@ def test_the_readme_tells_what_a_parameter_reruns() -> None:
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     """The project as a DVC repository of its own, reproduced once."""
-    from tests.tiny import small_params
+    from tests.support.tiny import small_params
 
     folder = tmp_path_factory.mktemp("dvc") / "project"
     folder.mkdir()

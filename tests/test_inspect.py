@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from stages import console
+from stages.cli import console
 from stages.fetch import fetch
 from stages.inspect import inspect
 from stages.prepare import prepare
 from stages.tokenize import tokenize
-from tests.text.toy import CHATML
+from tests.support.tokenizers import CHATML
 
 TALK = [{"role": role, "content": f"{role[0]}{i} 한"} for i in range(3) for role in ("user", "assistant")]
 ROWS = [{"text": "short"}, {"text": "the longest of all rows"}, {"text": "bell\x07"}]

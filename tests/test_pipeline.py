@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stages import base
+from stages.base.manifest import read_manifest
 from stages.evaluate import evaluate
 from stages.fetch import fetch
 from stages.generate import generate
@@ -19,7 +19,7 @@ from stages.prepare import prepare
 from stages.show import show
 from stages.tokenize import tokenize
 from stages.train import train
-from tests.tiny import write_llama
+from tests.support.tiny import write_llama
 
 STAGES = (fetch, prepare, tokenize, train, evaluate, merge, generate)
 
@@ -157,7 +157,7 @@ def test_the_manifest_names_no_path_of_this_machine(project: Path, tiny_llama: P
     run(fetch)
     text = Path("artifacts/base.json").read_text(encoding="utf-8")
     assert str(tiny_llama.parent) not in text
-    assert base.read(Path("artifacts/base.json")).source == f"directory:{tiny_llama.name}"
+    assert read_manifest(Path("artifacts/base.json")).source == f"directory:{tiny_llama.name}"
 
 
 def test_samples_hold_both_models_answers_to_every_prompt(project: Path) -> None:
@@ -334,7 +334,7 @@ def test_train_says_what_keeps_it_from_compiling(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wanted: str, said: bool
 ) -> None:
     run(fetch, prepare, tokenize)
-    monkeypatch.setattr("stages.lora.loop.why_not_compiled", lambda: "there is no compiler")
-    monkeypatch.setattr("stages.lora.loop.on_cpu", lambda: True)
+    monkeypatch.setattr("stages.training.loop.why_not_compiled", lambda: "there is no compiler")
+    monkeypatch.setattr("stages.training.loop.on_cpu", lambda: True)
     train(overrides=["train.iters=1", f"train.compile={wanted}"])
     assert ("train.compile is not used: there is no compiler" in capsys.readouterr().out) == said

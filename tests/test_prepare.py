@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages import params
+from stages.params.loading import ParamsError
 from stages.prepare import prepare
-from stages.text.split import SPLITS
-from tests.imports import ROOT
+from stages.prepared.splits import SPLITS
+from tests.support.datasets import save
+from tests.support.imports import ROOT
 
 ALL_TO_TRAIN = ("prepare.valid_fraction=0.0", "prepare.test_fraction=0.0")
 PAIRS = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(200)]
@@ -25,7 +26,7 @@ PAIRS = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(2
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "yaml").write_text((ROOT / "yaml").read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -134,7 +135,7 @@ def test_fractions_and_counts(name: str) -> None:
     lines("raw/a.jsonl", PAIRS)
     assert 40 < len(run(f"prepare.{name}_fraction=0.4")[name]) < 120
     assert len(run(f"prepare.{name}_fraction=null", f"prepare.{name}_rows=17")[name]) == 17
-    with pytest.raises(params.ParamsError, match=f"exactly one of prepare.{name}_fraction and prepare.{name}_rows"):
+    with pytest.raises(ParamsError, match=f"exactly one of prepare.{name}_fraction and prepare.{name}_rows"):
         run(f"prepare.{name}_rows=17")
 
 
@@ -251,18 +252,6 @@ def test_a_dataset_of_the_hub_without_the_library(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="org/name needs the datasets library; install it with: pip install"):
         run("prepare.dataset=org/name")
-
-
-def save(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """What Dataset.save_to_disk writes, in two shards."""
-    folder.mkdir(parents=True)
-    names = [f"data-0000{i}-of-00002.arrow" for i in range(2)]
-    for name, part in zip(names, (rows[:70], rows[70:]), strict=True):
-        table = pa.Table.from_pylist(part)
-        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names]}), encoding="utf-8")
-    (folder / "dataset_info.json").write_text("{}", encoding="utf-8")
 
 
 def test_a_dataset_dict_saved_to_disk_keeps_its_splits() -> None:

@@ -13,11 +13,11 @@ import pytest
 
 from stages.fetch import fetch
 from stages.prepare import prepare
-from stages.text.parquet import read_metadata, read_tokens
-from stages.text.split import SPLITS
+from stages.prepared.splits import SPLITS
 from stages.tokenize import tokenize
-from tests.test_prepare import save
-from tests.text.toy import CHATML
+from stages.tokens.parquet import read_metadata, read_tokens
+from tests.support.datasets import save
+from tests.support.tokenizers import CHATML
 
 ALL_TO_TRAIN = ("prepare.valid_fraction=0.0", "prepare.test_fraction=0.0")
 PAIRS = [{"question": f"What is {i}, {'or not, ' * (i % 7)}?", "answer": f"It is {i}."} for i in range(120)]
@@ -55,10 +55,10 @@ def ledger(name: str = "all") -> dict[str, Any]:
 
 def learned(table: pa.Table) -> list[bytes]:
     """The trained bytes of each row: the tiny tokenizer's ids are the places of bytes in its alphabet."""
-    from stages.base import locate, read
-    from stages.text.tokens import load_tokenizer
+    from stages.base.manifest import locate, read_manifest
+    from stages.chat.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(locate(read(Path("artifacts/base.json"))))
+    tokenizer = load_tokenizer(locate(read_manifest(Path("artifacts/base.json"))))
     rows = zip(table["input_ids"].to_pylist(), table["loss_mask"].to_pylist(), strict=True)
     return [tokenizer.decode([i for i, on in zip(ids, mask, strict=True) if on]).encode() for ids, mask in rows]
 

@@ -1,9 +1,6 @@
-"""The numerical core on MLX: adapter, batches, loss, training loop, scores, merging, sampling.
+"""A model and token rows → an adapter on it, batches, losses; frozen layers run once, CPU kernels.
 
-Importing it loads the optimised BLAS first, which must precede the first import of `mlx.core`. Shapes in names: B rows
-of a batch, L tokens of the longest row, N trained positions, V vocabulary, D width.
+Shapes in names: B rows of a batch, L tokens of the longest row, N trained positions, V vocabulary, D width.
 """
 
-from stages import blas
-
-blas.preload()
+import stages.model  # noqa: F401  the BLAS comes before MLX

@@ -26,7 +26,8 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.utils import get_total_parameters
 
 from stages.lora.arrays import write_arrays
-from stages.lora.targets import LINEAR, SWITCH, chosen, layer_indices, resolve, routers
+from stages.lora.targets import chosen, layer_indices, resolve, routers
+from stages.model.kinds import LINEAR, SWITCH
 
 WEIGHTS_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 _IN_LAYER = re.compile(r"^.*?\blayers\.(\d+)\.")

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from stages.lora.prefix import embedded, fed
+from stages.lora.frozen import embedded, fed
 
 Detour = Callable[[Callable[[], mx.array]], mx.array]
 _BACKBONES = ("model", "transformer", "backbone")

@@ -16,10 +16,10 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from stages.lora import cpu
+from stages.lora import kernels as cpu
 from stages.lora.batches import Batch
+from stages.lora.frozen import fed
 from stages.lora.head import head_is_trained, head_logits, hidden_at, is_narrowed, logits_at
-from stages.lora.prefix import fed
 
 Loss = Callable[[nn.Module, Batch], mx.array]
 Pair = tuple[mx.array, mx.array]
@@ -50,7 +50,7 @@ def fused_sum_loss(model: nn.Module, batch: Batch, *, chunk_rows: int | None = N
     with fed(model, batch.states):
         hidden_NxD = hidden_at(model, batch.inputs_BxL, batch.trained_N)
     rows = chunk_rows or chunk_length(_vocabulary(model, hidden_NxD))
-    is_eager = cpu.is_installed(model)
+    is_eager = cpu.in_use(model)
     cross_entropy = _cross_entropy_on_cpu if is_eager else _cross_entropy
 
     def losses(hidden_nxD: mx.array, targets_n: mx.array) -> mx.array:
@@ -79,7 +79,7 @@ def chunk_scores(model: nn.Module, batch: Batch) -> Iterator[Pair]:
     Evaluate one before the next is asked for, and no more than a chunk's logits are in memory.
     """
     for logits_nxV, targets_n in _logit_chunks(model, batch):
-        if cpu.is_installed(model):
+        if cpu.in_use(model):
             yield cpu.cross_entropy(logits_nxV, targets_n)
             continue
         losses_n, _ = cross_entropy_with_gradient(logits_nxV, targets_n)

@@ -11,11 +11,9 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-LINEAR = (nn.Linear, nn.QuantizedLinear)
-SWITCH = (SwitchLinear, QuantizedSwitchLinear)  # the same matrix of every expert, stacked
-EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
+from stages.model.kinds import EMBEDDING, LINEAR, SWITCH
+
 ALL_LINEAR = "all-linear"
 
 

@@ -16,40 +16,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from stages.lora import adapter
-from stages.lora.model import load_base
-from stages.lora.sample import answer_stream, load_decoder
 from stages.lora.targets import resolve
-from tests.tiny import write_model
-
-KEYS = ("self_attn.q_proj", "self_attn.v_proj")
-
-
-def config(**changes: Any) -> adapter.LoraConfig:
-    plain: dict[str, Any] = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": KEYS, "layers": 2}
-    return adapter.LoraConfig(**(plain | changes))
-
-
-def configure(model: Any, **changes: Any) -> adapter.LoraConfig:
-    plain: dict[str, Any] = {
-        "type": "lora",
-        "rank": 4,
-        "alpha": 8.0,
-        "scale": None,
-        "rank_stabilized": False,
-        "dropout": 0.0,
-        "targets": ["q_proj", "v_proj"],
-        "layers": 2,
-    }
-    return adapter.configure(model, **(plain | changes))
-
-
-def fill(model: Any) -> None:
-    """Give the zero B matrices values, so that the adapter does something."""
-    arrays = [
-        (name, mx.random.normal(array.shape, key=mx.random.key(i)))
-        for i, (name, array) in enumerate(adapter.weights(model).items())
-    ]
-    model.load_weights(arrays, strict=False)
+from stages.model.load import load_base
+from stages.sampling.decode import answer_stream, load_decoder
+from tests.support.adapters import KEYS, config, configure, fill
+from tests.support.tiny import write_model
 
 
 def test_just_the_targets_of_the_last_layers_are_trainable(model: Any) -> None:

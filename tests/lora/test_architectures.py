@@ -19,56 +19,25 @@ from mlx_lm.utils import load_model, save_model
 from stages.evaluate import evaluate
 from stages.fetch import fetch
 from stages.generate import generate
-from stages.lora import adapter, merge
+from stages.lora import adapter
 from stages.lora.batches import Batch, collate
 from stages.lora.head import narrow_head
 from stages.lora.loss import token_losses
-from stages.lora.model import floating_dtype, load_base, on_cpu
-from stages.lora.phi3 import LongRoPE
 from stages.merge import merge as merge_stage
+from stages.merging import fuse as merge
+from stages.merging.agreement import compare, log_probabilities
+from stages.model.load import floating_dtype, load_base, on_cpu
+from stages.model.phi3 import LongRoPE
 from stages.prepare import prepare
-from stages.text.tokens import TokenRow
 from stages.tokenize import tokenize
+from stages.tokens.row import TokenRow
 from stages.train import train as train_stage
-from tests.lora import test_adapter
-from tests.lora.test_adapter import fill
-from tests.tiny import CONFIGS, small_params, write_model
+from tests.support import adapters
+from tests.support.adapters import TARGETS, attached, fill
+from tests.support.adapters import configure_named as configure
+from tests.support.tiny import CONFIGS, small_params, write_model
 
-# As people name them: each architecture's own modules, the fused, the gate and the experts' among them.
-TARGETS = {
-    "llama": ["all-linear"],
-    "qwen2": ["self_attn.*", "down_proj"],
-    "qwen3": ["q_proj", "k_proj", "lm_head", "embed_tokens"],
-    "gemma": ["q_proj", "mlp.*", "embed_tokens"],
-    "gemma2": ["all-linear", "embed_tokens"],
-    "gemma3_text": ["all-linear"],
-    "cohere": ["all-linear"],
-    "granite": ["all-linear"],
-    "minicpm": ["all-linear"],
-    "phi3": ["qkv_proj", "gate_up_proj"],
-    "mixtral": ["q_proj", "v_proj", "block_sparse_moe.gate", "switch_mlp.*"],
-    "phi3_v": ["self_attn.qkv_proj", "self_attn.o_proj", "lm_head"],
-}
-DORA = {
-    "qwen3": ["q_proj", "k_proj", "lm_head"],
-    "mixtral": ["q_proj", "v_proj", "block_sparse_moe.gate"],
-    "gemma": ["q_proj", "mlp.*"],
-    "gemma2": ["all-linear"],
-}
 TOKENS = mx.array([[1, 2, 3, 4, 5, 6, 7, 8]])
-
-
-def configure(model: Any, name: str, kind: str = "lora") -> adapter.LoraConfig:
-    targets = (DORA.get(name) if kind == "dora" else None) or TARGETS[name]
-    return test_adapter.configure(model, type=kind, targets=targets)
-
-
-def attached(directory: Path, name: str, kind: str = "lora", **options: Any) -> tuple[Any, adapter.LoraConfig]:
-    model = load_base(directory, **options)[0]
-    config = configure(model, name, kind)
-    adapter.attach(model, config, seed=0)
-    fill(model)
-    return model, config
 
 
 @pytest.fixture(scope="session", params=list(CONFIGS))
@@ -181,7 +150,7 @@ def test_mlx_lm_loads_the_adapter_of_listed_layers(base: tuple[str, Path], tmp_p
     if name == "phi3_v":
         pytest.skip("mlx-lm does not open a Phi-3-Vision")
     model = load_base(directory)[0]
-    config = test_adapter.configure(model, targets=TARGETS[name], layers=[0, 2])
+    config = adapters.configure(model, targets=TARGETS[name], layers=[0, 2])
     adapter.attach(model, config, seed=0)
     fill(model)
     adapter.save(tmp_path, model, config)
@@ -214,15 +183,15 @@ def test_the_merged_model_opens_and_says_what_the_adapter_said(
     base: tuple[str, Path], rows: list[TokenRow], tmp_path: Path, kind: str
 ) -> None:
     name, directory = base
-    said = merge.log_probabilities(attached(directory, name, kind)[0], rows)
+    said = log_probabilities(attached(directory, name, kind)[0], rows)
     model, config = load_base(directory)
     names = adapter.attach(model, configure(model, name, kind), seed=0)
     fill(model)
     assert sorted(merge.fuse(model, dtype=mx.float32, requantize=False)) == sorted(names)
     opened, _ = load_base(write_merged(tmp_path / "merged", model, config))
-    found = merge.agreement(said, merge.log_probabilities(opened, rows))
+    found = compare(said, log_probabilities(opened, rows))
     assert found.max_divergence < 1e-4
-    plain = merge.agreement(said, merge.log_probabilities(load_base(directory)[0], rows))
+    plain = compare(said, log_probabilities(load_base(directory)[0], rows))
     assert plain.mean_divergence > 1e-2
 
 
@@ -231,13 +200,13 @@ def test_a_packed_base_merges_unpacked(
     packed: tuple[str, Path], rows: list[TokenRow], tmp_path: Path, kind: str
 ) -> None:
     name, directory = packed
-    said = merge.log_probabilities(attached(directory, name, kind, dtype="float32")[0], rows)
+    said = log_probabilities(attached(directory, name, kind, dtype="float32")[0], rows)
     model, config = load_base(directory, dequantize=True, dtype="float32")
     adapter.attach(model, configure(model, name, kind), seed=0)
     fill(model)
     merge.fuse(model, dtype=mx.float32, requantize=False)
     opened, _ = load_base(write_merged(tmp_path / "merged", model, config), dtype="float32")
-    assert merge.agreement(said, merge.log_probabilities(opened, rows)).max_divergence < 1e-4
+    assert compare(said, log_probabilities(opened, rows)).max_divergence < 1e-4
 
 
 def unpacked(module: Any) -> np.ndarray:

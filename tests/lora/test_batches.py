@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.lora.batches import Updates, collate, epoch_updates, sorted_batches, split
-from tests.lora.conftest import token_row
+from stages.lora.batches import collate, sorted_batches, split
+from stages.training.updates import Updates, epoch_updates
+from tests.support.rows import token_row
 
 ROWS: dict[str, Any] = {"batch_tokens": None, "grad_accumulation": 1}
 

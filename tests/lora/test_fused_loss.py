@@ -15,27 +15,18 @@ from mlx.utils import tree_flatten
 
 from stages.lora import adapter, loss
 from stages.lora.batches import Batch, collate
-from stages.lora.head import head_is_trained, head_logits, narrow_head
-from stages.lora.loop import TrainConfig, Trainer
+from stages.lora.head import head_is_trained, head_logits
 from stages.lora.loss import chunk_scores, fused_sum_loss, sum_loss
-from stages.lora.model import load_base
-from stages.lora.verify import check_batch, disagreement
-from stages.text.tokens import TokenRow
-from tests.lora import test_adapter
-from tests.lora.conftest import token_row
-from tests.lora.test_adapter import config, fill
-from tests.tiny import CONFIGS, write_llama, write_model
+from stages.lora.selfcheck import check_batch, disagreement
+from stages.model.load import load_base
+from stages.tokens.row import TokenRow
+from stages.training.loop import TrainConfig, Trainer
+from tests.support import adapters
+from tests.support.adapters import adapted, config
+from tests.support.rows import token_row
+from tests.support.tiny import CONFIGS, write_llama, write_model
 
 Gradients = dict[str, np.ndarray]
-
-
-def adapted(folder: Path, targets: list[str] | None = None, **options: Any) -> Any:
-    """A narrowed model with a filled adapter on its layers, or on `targets`."""
-    model = load_base(folder, **options)[0]
-    adapter.attach(model, test_adapter.configure(model, targets=targets or ["all-linear"]), seed=0)
-    fill(model)
-    assert narrow_head(model)
-    return model
 
 
 def step(model: Any, batch: Batch, form: Callable[..., mx.array], **options: Any) -> tuple[float, Gradients]:
@@ -210,7 +201,7 @@ def test_a_head_that_is_trained_keeps_the_plain_loss(
     name: str, targets: list[str], rows: list[TokenRow], tmp_path: Path
 ) -> None:
     model = load_base(write_model(tmp_path, name))[0]
-    adapter.attach(model, test_adapter.configure(model, targets=targets), seed=0)
+    adapter.attach(model, adapters.configure(model, targets=targets), seed=0)
     found = trainer(model, rows)
     assert not found.is_fused
     assert found.notes == ["train.fused_loss is not used: the head itself is trained"]

@@ -16,10 +16,10 @@ from stages.lora import adapter
 from stages.lora.batches import collate
 from stages.lora.head import is_narrowed, narrow_head
 from stages.lora.loss import sum_loss, token_losses, trained_logits
-from stages.lora.score import score_rows
-from stages.text.tokens import TokenRow
-from tests.lora.conftest import token_row
-from tests.lora.test_adapter import config, fill
+from stages.scoring.score import score_rows
+from stages.tokens.row import TokenRow
+from tests.support.adapters import config, fill
+from tests.support.rows import token_row
 
 
 def reference_loss(model: Any, rows: list[TokenRow]) -> float:

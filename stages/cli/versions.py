@@ -1,0 +1,37 @@
+"""The installed versions of the libraries that shape an output, beside those that versions.yaml names."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+VERSIONS_FILE = Path("versions.yaml")
+
+
+def differing_versions(path: Path = VERSIONS_FILE) -> dict[str, tuple[str, str]]:
+    """Library → (installed, named in the file), for those that are installed and differ; nothing without the file."""
+    if not path.exists():
+        return {}
+    differing = {}
+    for name, version in (YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {}).items():
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # another system's: OpenBLAS on a Mac, say
+        if installed != str(version):
+            differing[name] = (installed, str(version))
+    return differing
+
+
+def describe_difference(path: Path = VERSIONS_FILE) -> str | None:
+    """One line on what differs, and what to do; None if nothing does."""
+    differing = differing_versions(path)
+    if not differing:
+        return None
+    listed = ", ".join(f"{name} {installed} (not {named})" for name, (installed, named) in differing.items())
+    return (
+        f"installed is {listed}: other versions than {path} tells DVC, so the bytes may differ; "
+        "install those of constraints.txt, or make these the project's: make constraints"
+    )

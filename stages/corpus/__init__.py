@@ -1,0 +1,1 @@
+"""Raw rows → train, valid and test.jsonl, without duplicates, every row accounted for."""

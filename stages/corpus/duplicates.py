@@ -1,0 +1,90 @@
+"""What is done to a row's text before it is split: Unicode normalisation, control characters, duplicates.
+
+Source: Unicode Standard Annex #15 (normalisation forms).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from typing import Any, Literal
+
+from stages.prepared.splits import SPLITS
+from stages.schemas.content import Content
+
+Verdict = Literal["new", "duplicate", "normalized_duplicate", "leaked"]
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_SHINGLE, _PERMUTATIONS, _BANDS = 5, 128, 32
+
+
+def has_control(content: Content) -> bool:
+    """Whether a row holds control characters other than tab and line ends."""
+    values = [turn["content"] for turn in content["messages"]] if "messages" in content else content.values()
+    return any(_CONTROL.search(value) for value in values)
+
+
+def plain(text: str) -> str:
+    """The text without what two spellings of the same thing differ in: width, case, white space."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+class Seen:
+    """The rows so far, each in about 120 bytes: a digest of its plain text → a digest of its text, and its split."""
+
+    def __init__(self, mode: Literal["keep", "exact", "normalized"]) -> None:
+        self._mode = mode
+        self._rows: dict[int, int] = {}
+
+    def judge(self, text: str, split: str) -> Verdict:
+        """What a row of this text, meant for this split, is to the rows before it. A new one is remembered.
+
+        A row is leaked if another split has it already: held-out splits must be shown first.
+        """
+        exact = _digest(text)
+        key = exact if self._mode == "exact" else _digest(plain(text))
+        place = SPLITS.index(split)
+        before = self._rows.setdefault(key, -1)
+        if before == -1:
+            self._rows[key] = exact << 2 | place
+            return "new"
+        if before & 3 != place:
+            return "leaked"
+        if self._mode == "keep":
+            return "new"
+        return "duplicate" if before >> 2 == exact else "normalized_duplicate"
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+class NearDuplicates:
+    """Rows that resemble an earlier one: MinHash over runs of five characters, by the optional `rensa` library.
+
+    Raises:
+        ValueError: the library is not installed.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        try:
+            from rensa import RMinHash, RMinHashLSH
+        except ImportError:
+            mend = "install it with: pip install 'rensa>=0.5'"
+            raise ValueError(f"prepare.near_duplicates needs the rensa library; {mend}") from None
+        self._threshold = threshold
+        self._hash: Any = lambda: RMinHash(num_perm=_PERMUTATIONS, seed=0)
+        self._index = RMinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS, num_bands=_BANDS)
+        self._rows: list[tuple[str, Any]] = []
+
+    def earlier(self, text: str, place: str) -> str | None:
+        """The place of an earlier row that resembles this one by the threshold or more. Remembers the row."""
+        text = plain(text)
+        signature = self._hash()
+        signature.update(sorted({text[i : i + _SHINGLE] for i in range(max(len(text) - _SHINGLE + 1, 1))}))
+        candidates = sorted(self._index.query(signature))
+        alike = next((i for i in candidates if self._rows[i][1].jaccard(signature) >= self._threshold), None)
+        self._index.insert(len(self._rows), signature)
+        self._rows.append((place, signature))
+        return None if alike is None else self._rows[alike][0]

@@ -1,0 +1,1 @@
+"""Prepared rows → token ids and loss masks."""

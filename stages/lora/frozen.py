@@ -1,0 +1,184 @@
+"""The frozen prefix: the layers below the first adapted one, whose output for given tokens never changes.
+
+Nothing in them is trained and they get no dropout, so their output (the states) is computed once per row and fed in at
+the first adapted layer from then on. This needs nothing from the model's code: while states are fed in, stand-ins take
+the frozen layers' places in `model.layers` and return them. A row's states are computed with the row alone, so that
+they are the same bits whatever rows it meets in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from stages.lora.state_cache import StateCache
+from stages.model.phi3 import LongRoPE
+from stages.tokens.row import TokenRow
+
+_CHECK_TOKENS = 128  # of each row that the start-up check looks at
+_TOLERANCES = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 5e-2}  # of the largest logit
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass at the first adapted layer; its argument is what the frozen ones put out."""
+
+
+class _StandIn:
+    """In a layer's place, and like it to whoever asks for its attributes (its kind of attention, say)."""
+
+    def __init__(self, layer: nn.Module, states_BxLxD: mx.array | None = None) -> None:
+        self._layer, self._states_BxLxD = layer, states_BxLxD
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, hidden_BxLxD: mx.array, *_args: Any, **_kwargs: Any) -> mx.array:
+        if self._states_BxLxD is None:
+            raise _ReachedError(hidden_BxLxD)
+        return self._states_BxLxD
+
+
+@dataclass(frozen=True)
+class States:
+    """What the lowest `layers` layers put out for a batch, (B, L, D)."""
+
+    layers: int
+    hidden_BxLxD: mx.array
+
+
+@contextmanager
+def fed(model: nn.Module, states: States | None) -> Iterator[None]:
+    """Let the model start from these states; None leaves it as it is."""
+    if states is None:
+        yield
+        return
+    layers = _layers(model)
+    below = layers[: states.layers]
+    layers[: states.layers] = [_StandIn(layer, states.hidden_BxLxD) for layer in below]
+    try:
+        yield
+    finally:
+        layers[: states.layers] = below
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    """The list itself that the model goes through; `model.layers` may be a copy of it."""
+    named: list[Any] = model.layers
+    if model.layers is named:
+        return named  # no copy, which would be another each time
+    for module in model.modules():
+        for value in module.values():
+            if isinstance(value, list) and len(value) == len(named) and value[0] is named[0]:
+                return value
+    return named
+
+
+class FrozenPrefix:
+    """The lowest `layers` layers of a model, skipped wherever a row's states are known.
+
+    `cache` keeps states from one process to the next; without one they are computed whenever they are asked for.
+    """
+
+    def __init__(self, model: nn.Module, layers: int, cache: StateCache | None = None) -> None:
+        self.model, self.layers, self.cache = model, layers, cache
+
+    def states(self, rows: Sequence[TokenRow], *, length: int | None = None) -> States:
+        """The states of rows, of each all tokens but the last, padded at their end to `length` or to the longest."""
+        length = length or max(len(row.input_ids) for row in rows) - 1
+        found = [self._row_states(row.input_ids[:-1]) for row in rows]
+        # Padded with the last token's: zeros are states that no model ever sees, and some norms divide by them.
+        padded = [mx.pad(states_LxD, [(0, length - len(states_LxD)), (0, 0)], mode="edge") for states_LxD in found]
+        return States(self.layers, mx.stack(padded))
+
+    def unfit(self, rows: Sequence[TokenRow]) -> str | None:
+        """Why the states of these rows would depend on the batch that they are in, if they would."""
+        for module in self.model.modules():
+            if isinstance(module, LongRoPE) and any(len(row.input_ids) - 1 > module.original_length for row in rows):
+                return f"rows of over {module.original_length} tokens change the positions of all rows in their batch"
+        return None
+
+    def mismatch(self, rows: Sequence[TokenRow]) -> str | None:
+        """Why the model may not be cut here, found on the beginnings of some rows; None where it says the same.
+
+        The logits from the states, cached ones if there are any, against the plain model's: they may differ by 1e-4 of
+        the largest logit in float32, 1e-2 in float16, 5e-2 in bfloat16.
+        """
+        try:
+            states = [self._row_states(row.input_ids[:-1])[:_CHECK_TOKENS] for row in rows]
+        except Exception as error:  # whatever an unknown model trips over
+            return f"the model's layers cannot be cut apart ({error})"
+        for row, hidden_LxD in zip(rows, states, strict=True):
+            tokens_1xL = mx.array(row.input_ids[None, : len(hidden_LxD)])
+            plain = self.model(tokens_1xL)
+            try:
+                with fed(self.model, States(self.layers, hidden_LxD[None])):
+                    cut = self.model(tokens_1xL)
+            except Exception as error:  # whatever an unknown model trips over
+                return f"the model's layers cannot be cut apart ({error})"
+            difference = mx.abs(plain - cut).max() / mx.abs(plain).max()
+            if not float(difference) <= _TOLERANCES.get(plain.dtype, 1e-4):
+                return f"the model says something else from the states of its lowest {self.layers} layers"
+        return None
+
+    def _row_states(self, ids_L: np.ndarray) -> mx.array:
+        if self.cache is None:
+            return self._computed(ids_L)
+        states_LxD = self.cache.read(ids_L)
+        if states_LxD is None:
+            states_LxD = self._computed(ids_L)
+            self.cache.write(ids_L, states_LxD)
+        return states_LxD
+
+    def _computed(self, ids_L: np.ndarray) -> mx.array:
+        training = self.model.training
+        self.model.eval()
+        try:
+            states_1xLxD = _reaching(self.model, self.layers, mx.array(ids_L[None]))
+        finally:
+            self.model.train(training)
+        mx.eval(states_1xLxD)
+        return states_1xLxD[0]
+
+
+def embedded(model: nn.Module, layers: int, tokens_BxL: mx.array) -> States | None:
+    """The embeddings in place of what the lowest layers put out: for checks, in which any hidden states will do.
+
+    So those layers do not run, and their weights need not be read. None if there are no such layers, or no way in.
+    """
+    if not layers:
+        return None
+    try:
+        states = States(layers, _reaching(model, 0, tokens_BxL))
+        with fed(model, states):
+            model(tokens_BxL)  # a graph alone: layers may hand on more than hidden states
+    except Exception:  # whatever an unknown model trips over
+        return None
+    return states
+
+
+def _reaching(model: nn.Module, layer: int, tokens_BxL: mx.array) -> mx.array:
+    """What reaches a layer, (B, L, D).
+
+    Raises:
+        ValueError: the layer is never called, or with something else.
+    """
+    layers = _layers(model)
+    there = layers[layer]
+    layers[layer] = _StandIn(there)
+    try:
+        model(tokens_BxL)
+    except _ReachedError as reached:
+        hidden_BxLxD: mx.array = reached.args[0]
+    else:
+        raise ValueError(f"its layer {layer} is never called")
+    finally:
+        layers[layer] = there
+    if not isinstance(hidden_BxLxD, mx.array) or hidden_BxLxD.shape[:2] != tokens_BxL.shape:
+        raise ValueError("what a layer passes on is not (B, L, D)")
+    return hidden_BxLxD

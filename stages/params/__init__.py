@@ -1,0 +1,1 @@
+"""params.yaml → checked values, one class a section. Stages depend on the values, not on this code."""

@@ -1,0 +1,53 @@
+"""A row of data/prepared: what `prepare` writes and `tokenize` reads, one JSON object a line.
+
+A row is one of three: `text`; `prompt` and `completion`, which together are the text; or `messages`, with `tools` where
+there are some, which become text by the tokenizer's chat template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRow:
+    """`id` follows from the content alone, `source` is its place as `file:line`."""
+
+    id: str
+    source: str
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[Any] | None = None
+
+    def line(self) -> str:
+        """The row as a line of JSON."""
+        fields = {name: value for name, value in asdict(self).items() if value is not None}
+        return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+def row_id(text: str) -> str:
+    """A stable name for a row: 16 hex digits of its text's BLAKE2b."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def read_prepared(path: Path) -> Iterator[PreparedRow]:
+    """The rows of a file that `prepare` wrote.
+
+    Raises:
+        ValueError: the file is missing or was not written by `prepare`.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                yield PreparedRow(**json.loads(line))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; make it with: python -m stages.prepare") from None
+    except (json.JSONDecodeError, TypeError, UnicodeDecodeError):
+        raise ValueError(f"{path}: not written by prepare; make it anew with: python -m stages.prepare") from None

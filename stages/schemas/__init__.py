@@ -1,0 +1,1 @@
+"""A raw row's columns → its content: text; prompt and completion; or messages."""

@@ -1,0 +1,19 @@
+"""A row of data/tokens, and the tokenizer that makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A row of data/tokens. `loss_mask[i]` says whether predicting `input_ids[i]` is trained on and scored."""
+
+    id: str
+    source: str
+    input_ids: np.ndarray  # int32, (L,)
+    loss_mask: np.ndarray  # bool, (L,); the first is never set: nothing precedes it to predict it from
+    trained_bytes: int  # UTF-8 bytes of the text that the mask covers
+    truncated: bool

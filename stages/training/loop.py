@@ -1,0 +1,363 @@
+"""The training loop: reports after each update, prints nothing, writes nothing, and can stop and go on anywhere.
+
+Nothing random outlives an update: the rows of update number n and the dropout in it follow from (seed, n) alone. So a
+snapshot needs just the weights, the optimizer's moments and what has been counted so far.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.optimizers import clip_grad_norm
+from mlx.utils import tree_flatten
+from safetensors.numpy import load, save
+
+from stages.lora import adapter
+from stages.lora import kernels as cpu
+from stages.lora.batches import Batch, collate, sorted_batches, split
+from stages.lora.frozen import FrozenPrefix
+from stages.lora.head import narrow_head
+from stages.lora.loss import Loss, fused_sum_loss, sum_loss, why_not_fused
+from stages.lora.selfcheck import check_batch, disagreement
+from stages.model.load import on_cpu
+from stages.scoring.ranks import ALONE, Ranks
+from stages.scoring.score import NOTHING, score_batch
+from stages.tokens.row import TokenRow
+from stages.training.memory import recompute_activations
+from stages.training.optimizer import (
+    OptimizerName,
+    ScheduleName,
+    flat_state,
+    learning_rate,
+    make_optimizer,
+    restore_state,
+)
+from stages.training.progress import Event, Pace, Progress, Report, Snapshot, Sums, Validation
+from stages.training.step import Step, compiled_step, plain_step, why_not_compiled
+from stages.training.updates import Updates
+
+CPU_TOKENS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All that shapes a run besides model and rows.
+
+    An update sees `grad_accumulation` batches, of `batch_size` rows each or of as many as fit `batch_tokens`.
+    """
+
+    steps: int
+    learning_rate: float
+    seed: int
+    batch_size: int | None = None
+    batch_tokens: int | None = None
+    grad_accumulation: int = 1
+    optimizer: OptimizerName = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    schedule: ScheduleName = "constant"
+    warmup_steps: int = 0
+    final_learning_rate: float = 0.0
+    max_grad_norm: float | None = None
+    grad_checkpoint: bool = False
+    fused_loss: bool = True
+    compile: Literal["auto", "on", "off"] = "auto"
+    steps_per_report: int = 1
+    steps_per_eval: int = 100
+    val_batches: int = -1
+    keep: Literal["best", "last"] = "last"
+    patience: int | None = None
+
+
+class Trainer:
+    """One run: a frozen model with a trainable adapter, its rows, its optimizer, its progress.
+
+    `notes` says in one line each what was to make it faster and is not used, and why.
+
+    On several ranks each holds all rows, and works on its share of every update's and of the validation's. All hold the
+    same weights and the same progress after each, and raise the same errors.
+
+    Raises:
+        ValueError: there are no rows to train on, or none to validate on although something depends on it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Sequence[TokenRow],
+        valid: Sequence[TokenRow],
+        config: TrainConfig,
+        *,
+        prefix: FrozenPrefix | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        if not train:
+            raise ValueError("there are no rows to train on")
+        if mute := [row for row in train if not row.loss_mask[1:].any()]:
+            raise ValueError(f"row {mute[0].id} ({mute[0].source}) has no token to train on")
+        self.model, self.train, self.config = model, train, config
+        self.prefix, self.ranks = prefix, ranks
+        self.progress = Progress()
+        self.notes: list[str] = []
+        self.pace: list[Pace] = []  # of the updates that this process made: the first alone, then each epoch's others
+        self._updates = Updates(
+            [len(row.input_ids) for row in train],
+            batch_size=config.batch_size,
+            batch_tokens=config.batch_tokens,
+            grad_accumulation=config.grad_accumulation,
+            seed=config.seed,
+        )
+        chosen = validation_rows(valid, config)
+        self._validates = bool(chosen)
+        self._valid = self._own(chosen)
+        if not self._validates and (config.keep == "best" or config.patience is not None):
+            raise ValueError(
+                "train.keep: best and train.patience need validation rows (train.val_batches, valid split)"
+            )
+        self._best: dict[str, mx.array] = {}
+        self._optimizer = make_optimizer(config.optimizer, betas=config.betas, weight_decay=config.weight_decay)
+        model.eval()  # what is checked here draws no random numbers
+        narrow_head(model, frozen=prefix.layers if prefix else 0)
+        if config.grad_checkpoint:
+            recompute_activations(model)
+        self._loss = self._choose_loss()
+        self._value_and_grad, self.is_compiled = self._choose_step()
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the loss is taken in the fused form."""
+        return self._loss is fused_sum_loss
+
+    @property
+    def ways(self) -> dict[str, Any]:
+        """How it computes, by what was found at the start: another way rounds otherwise."""
+        return {
+            "fused": self.is_fused,
+            "compiled": self.is_compiled,
+            "cpu_kernels": cpu.in_use(self.model),
+            "frozen_layers": self.prefix.layers if self.prefix else 0,
+        }
+
+    @property
+    def share(self) -> dict[str, int | None]:
+        """How much of a batch this rank computes at a time, in rows and in tokens."""
+        sizes = {"batch_size": self.config.batch_size, "batch_tokens": self.config.batch_tokens}
+        share = {name: size and math.ceil(size / self.ranks.size) for name, size in sizes.items()}
+        if on_cpu():
+            # More at a time keeps a processor no busier, and its activations in memory.
+            share["batch_tokens"] = min(share["batch_tokens"] or CPU_TOKENS, CPU_TOKENS)
+        return share
+
+    @property
+    def done(self) -> bool:
+        return self.progress.step >= self.config.steps or self.progress.stopped_early
+
+    def run(self) -> Iterator[Event]:
+        """Go on to the end, an event an update.
+
+        Validation is before the first update, every `steps_per_eval` updates and after the last, on the same rows each
+        time; it draws no random numbers.
+
+        Raises:
+            ValueError: a loss is NaN or infinite; weights and progress are then those of the update before.
+        """
+        if not self.progress.validations and self.progress.step == 0 and self._validates:
+            yield Event(0, None, self._validate())
+        while not self.done:
+            report = self._update()
+            step = self.progress.step
+            due = step % self.config.steps_per_eval == 0 or step == self.config.steps
+            validation = self._validate() if due and self._validates else None
+            yield Event(step, report, validation)
+
+    def finish(self) -> None:
+        """Put the weights to keep onto the model."""
+        if self.config.keep == "best" and self._best:
+            self.model.load_weights(list(self._best.items()), strict=False)
+
+    def snapshot(self) -> Snapshot:
+        """The state after the last update."""
+        arrays = {f"weights/{name}": array for name, array in adapter.weights(self.model).items()}
+        arrays |= {f"optimizer/{name}": array for name, array in flat_state(self._optimizer).items()}
+        arrays |= {f"best/{name}": array for name, array in self._best.items()}
+        return Snapshot(arrays, asdict(self.progress))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of the same run."""
+        parts: dict[str, dict[str, mx.array]] = {"weights": {}, "optimizer": {}, "best": {}}
+        for name, array in snapshot.arrays.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = array
+        self.model.load_weights(list(parts["weights"].items()), strict=False)
+        restore_state(self._optimizer, parts["optimizer"])
+        self._best = parts["best"]
+        self.progress = Progress.from_dict(snapshot.progress)
+
+    def meet(self) -> None:
+        """Give every rank the state of rank 0, which alone has checkpoints, before they go on."""
+        if self.ranks.size > 1:
+            own = self.snapshot()
+            content = save({name: np.array(array) for name, array in own.arrays.items()})
+            arrays = load(self.ranks.bytes_of_first(content))
+            progress = json.loads(self.ranks.bytes_of_first(json.dumps(own.progress).encode()))
+            self.restore(Snapshot({name: mx.array(array) for name, array in arrays.items()}, progress))
+
+    def _choose_loss(self) -> Loss:
+        """The fused loss if it is wanted and gives what the plain one gives."""
+        if not self.config.fused_loss:
+            return sum_loss
+        batch = check_batch(self.train, self.prefix)
+        in_two_chunks = partial(fused_sum_loss, chunk_rows=-(-batch.trained_tokens // 2))
+        reason = why_not_fused(self.model) or disagreement(
+            self.model,
+            partial(plain_step(self.model, sum_loss), self.model, batch),
+            partial(plain_step(self.model, in_two_chunks), self.model, batch),
+        )
+        if reason is None:
+            return fused_sum_loss
+        self.notes.append(f"train.fused_loss is not used: {reason}")
+        return sum_loss
+
+    def _choose_step(self) -> tuple[Step, bool]:
+        """Loss and gradients, compiled if that is wanted and gives what the plain step gives; and whether they are."""
+        plain, wanted = plain_step(self.model, self._loss), self.config.compile
+        if wanted == "off" or (wanted == "auto" and on_cpu()):
+            return plain, False
+        compiled = compiled_step(self.model, self._loss)
+        reason = why_not_compiled() or disagreement(
+            self.model,
+            partial(plain, self.model, check_batch(self.train, self.prefix)),
+            partial(compiled, self.model, check_batch(self.train, self.prefix, few_shapes=True)),
+        )
+        if reason is None:
+            return compiled, True
+        self.notes.append(f"train.compile is not used: {reason}")
+        return plain, False
+
+    def _update(self) -> Report | None:
+        """One optimizer update over the next rows; a report if one is due."""
+        started = time.perf_counter()
+        config, progress = self.config, self.progress
+        step = progress.step + 1
+        rows = self._rows(step)
+        rate = learning_rate(
+            step,
+            peak=config.learning_rate,
+            schedule=config.schedule,
+            warmup_steps=config.warmup_steps,
+            steps=config.steps,
+            final=config.final_learning_rate,
+        )
+        mx.random.seed(_dropout_seed(config.seed, step, self.ranks.rank))
+        self.model.train()
+        gradients, done = self._gradients(rows)
+        squares = mx.stack([mx.square(gradient).sum() for gradient in gradients.values()])
+        norm = math.sqrt(sum(cast(list[float], squares.tolist())))
+        if not math.isfinite(done.loss_sum) or not math.isfinite(norm):
+            what = f"the loss is {done.loss}" if not math.isfinite(done.loss_sum) else f"the gradient's norm is {norm}"
+            ids = ", ".join(row.id for row in rows)
+            raise ValueError(
+                f"{what} at step {step} (learning rate {rate:.3g}, rows {ids}); "
+                "lower train.learning_rate, set train.max_grad_norm, or look at these rows"
+            )
+        if config.max_grad_norm is not None:
+            gradients, _ = clip_grad_norm(gradients, config.max_grad_norm)
+        self._optimizer.learning_rate = rate
+        weights = self._optimizer.apply_gradients(gradients, adapter.weights(self.model))
+        weights = self.ranks.arrays_of_first(weights)
+        self.model.load_weights(list(weights.items()), strict=False)
+        mx.eval(weights, self._optimizer.state)
+        progress.step = step
+        done.grad_norm_sum = norm
+        self._count(self._updates.epoch(step), done.real_tokens, time.perf_counter() - started)
+        progress.total.add(done)
+        progress.since_report.add(done)
+        return self._report(rate) if step % config.steps_per_report == 0 or step == config.steps else None
+
+    def _count(self, epoch: int, tokens: int, seconds: float) -> None:
+        if len(self.pace) < 2 or self.pace[-1].epoch != epoch:
+            self.pace.append(Pace(epoch))
+        self.pace[-1].tokens += tokens
+        self.pace[-1].seconds += seconds
+
+    def _gradients(self, rows: Sequence[TokenRow]) -> tuple[dict[str, mx.array], Sums]:
+        """The gradients of the mean loss over the rows' trained tokens, whatever the micro-batches and the ranks."""
+        own = self._own(rows)
+        parts = split([len(row.input_ids) for row in own], **self.share)
+        batches = [collate(own[part], self.prefix, few_shapes=self.is_compiled) for part in parts]
+        tokens = sum(int(np.count_nonzero(row.loss_mask[1:])) for row in rows)
+        total: dict[str, mx.array] = {}
+        done = Sums(updates=1, rows=len(own))
+        for batch in batches:
+            loss_sum, tree = self._value_and_grad(self.model, batch)
+            gradients = {name: gradient / tokens for name, gradient in tree_flatten(tree)}
+            total = {name: total[name] + gradient for name, gradient in gradients.items()} if total else gradients
+            # Evaluated now, so that one micro-batch's activations are in memory at a time.
+            mx.eval(loss_sum, total)
+            done.loss_sum += float(loss_sum)
+            done.trained_tokens += batch.trained_tokens
+            done.real_tokens += batch.real_tokens
+            done.padded_tokens += batch.padded_tokens
+        # A rank without rows in this update takes part in the sum all the same.
+        total = total or {name: mx.zeros_like(array) for name, array in adapter.weights(self.model).items()}
+        return self.ranks.sum_arrays(total), done.over(self.ranks)
+
+    def _own(self, rows: Sequence[TokenRow]) -> list[TokenRow]:
+        """This rank's share."""
+        return [rows[i] for i in self.ranks.deal([len(row.input_ids) for row in rows])]
+
+    def _rows(self, step: int) -> list[TokenRow]:
+        """The rows of update number `step`, counted from 1."""
+        return [self.train[i] for i in self._updates.rows(step)]
+
+    def _report(self, rate: float) -> Report:
+        since = self.progress.since_report
+        report = Report(self.progress.step, since.loss, rate, since.grad_norm_sum / since.updates)
+        self.progress.reports.append(report)
+        self.progress.since_report = Sums()
+        return report
+
+    def _valid_batches(self) -> Iterator[Batch]:
+        """This rank's rows to validate on, the same each time, by length."""
+        for part in sorted_batches([len(row.input_ids) for row in self._valid], **self.share):
+            yield collate([self._valid[i] for i in part], self.prefix)
+
+    def _validate(self) -> Validation:
+        self.model.eval()
+        own = sum((score_batch(self.model, batch) for batch in self._valid_batches()), NOTHING)
+        loss_sum, tokens = self.ranks.sum([own.loss_sum, own.tokens])
+        validation = Validation(self.progress.step, loss_sum / tokens)
+        if not math.isfinite(validation.loss):
+            raise ValueError(f"the validation loss is {validation.loss} after step {validation.step}")
+        progress, patience = self.progress, self.config.patience
+        progress.validations.append(validation)
+        if progress.best is validation and self.config.keep == "best":
+            self._best = adapter.weights(self.model)
+        if patience is not None and progress.best is not None:
+            worse = sum(v.step > progress.best.step for v in progress.validations)
+            progress.stopped_early = worse >= patience
+        return validation
+
+
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
+    # Rank 0's is that of a process alone.
+    entropy = [seed, step, rank] if rank else [seed, step]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64).item())
+
+
+def validation_rows(rows: Sequence[TokenRow], config: TrainConfig) -> Sequence[TokenRow]:
+    """The fixed rows to validate on: as many as `val_batches` hold, from the first, or all."""
+    if config.val_batches < 0:
+        return rows
+    lengths = [len(row.input_ids) for row in rows]
+    parts = split(lengths, batch_size=config.batch_size, batch_tokens=config.batch_tokens)[: config.val_batches]
+    return rows[: parts[-1].stop if parts else 0]

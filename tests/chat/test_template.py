@@ -1,0 +1,136 @@
+"""Where a chat template puts the answers, and that it keeps every turn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stages.chat.template import ChatTemplate
+from tests.support.tokenizers import CHATML, tokenizer
+
+TURNS = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "ONE"},
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": "TWO"},
+]
+HEAD = "{% for m in messages %}"
+TAIL = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def learned(template: str, turns: list[dict[str, str]] | None = None) -> list[str]:
+    found = ChatTemplate(tokenizer(template=template)).conversation(turns or TURNS, None)
+    return [found.text[span.start : span.end] for span in found.answers]
+
+
+def test_every_answer_is_found_with_its_end_of_turn() -> None:
+    assert learned(CHATML) == ["ONE<|im_end|>", "TWO<|im_end|>"]
+
+
+def test_a_generation_prompt_that_says_more_than_the_transcript() -> None:
+    thinking = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
+    assert learned(thinking) == ["ONE<|im_end|>", "TWO<|im_end|>"]
+
+
+def test_what_the_template_puts_before_an_answer_without_being_asked_is_learned() -> None:
+    # Qwen 3 puts an empty thought before the last answer only.
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if loop.last and m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    assert learned(template) == ["ONE<|im_end|>", "<think>\n\n</think>\n\nTWO<|im_end|>"]
+
+
+def test_an_answer_that_repeats_the_question_or_the_header() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    assert learned(CHATML, turns) == ["a<|im_end|>"]
+    turns = [{"role": "user", "content": "user"}, {"role": "assistant", "content": "assistant\nassistant"}]
+    assert learned(CHATML, turns) == ["assistant\nassistant<|im_end|>"]
+
+
+def test_a_template_without_special_tokens() -> None:
+    template = (
+        "{% for m in messages %}{{ ('Q: ' if m.role == 'user' else 'A: ') + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}A: {% endif %}"
+    )
+    assert learned(template) == ["ONE\n", "TWO\n"]
+    assert ChatTemplate(tokenizer(template=template)).conversation(TURNS, None).open_end
+
+
+def test_white_space_that_the_template_trims() -> None:
+    turns = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "\n yes \n"}]
+    assert learned(CHATML.replace("m.content", "m.content | trim"), turns) == ["yes<|im_end|>"]
+    assert learned(CHATML, turns) == ["\n yes \n<|im_end|>"]
+
+
+def test_a_template_s_own_marks_go_first() -> None:
+    template = (
+        HEAD
+        + "{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.content }}!{% endgeneration %}"
+        "<|im_end|>\n{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}" + TAIL
+    )
+    assert learned(template) == ["ONE!<|im_end|>", "TWO!<|im_end|>"]
+
+
+def test_a_thought_that_the_template_rewords() -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if '</think>' in m.content %}{{ '[' + m.content + ']' }}{% else %}{{ '(' + m.content + ')' }}{% endif %}"
+        "{{ '<|im_end|>\n' }}" + TAIL
+    )
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>hm</think>a"}]
+    assert learned(template, turns) == ["[<think>hm</think>a]<|im_end|>"]
+
+
+def test_a_call_of_a_tool_is_learned() -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ '<call>' + call.function.name + '</call>' }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look"}}]},
+        {"role": "tool", "content": "rain"},
+        {"role": "assistant", "content": "It rains."},
+    ]
+    found = ChatTemplate(tokenizer(template=template)).conversation(turns, [{"name": "look"}])
+    assert [found.text[s.start : s.end] for s in found.answers] == [
+        "<call>look</call><|im_end|>",
+        "It rains.<|im_end|>",
+    ]
+
+
+NOTICED = [
+    (HEAD + "{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}", "leaves out turn 1 (system)"),
+    (HEAD + "{{ m.content + m.content }}{% endfor %}", "repeats turn 1 (system)"),
+    ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "changes the order of the turns"),
+    (HEAD + "{{ m.content[:20] }}{% endfor %}", "leaves out or changes content of turn 3 (assistant)"),
+    (HEAD + "{{ m.content.split('</think>')[-1] }}{% endfor %}", "leaves out or changes content of turn 3 (assistant)"),
+    (
+        "{{ raise_exception('system is not for me') }}",
+        "rejects the turns system, user, assistant: system is not for me",
+    ),
+    (HEAD + "{{ m.nothing.at.all }}{% endfor %}", "rejects the turns system, user, assistant: "),
+    ("{% for", "rejects the turns system, user, assistant: "),
+]
+
+
+@pytest.mark.parametrize(("template", "line"), NOTICED)
+def test_a_template_that_loses_content_is_noticed(template: str, line: str) -> None:
+    turns = [
+        {"role": "system", "content": "rules"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "<think>a long thought</think> and the answer"},
+    ]
+    with pytest.raises(ValueError) as raised:
+        learned(template, turns)
+    assert line in str(raised.value)
+
+
+def test_no_template_at_all() -> None:
+    with pytest.raises(ValueError, match="the tokenizer has no chat template; give one in tokenize"):
+        ChatTemplate(tokenizer(template=None)).conversation(TURNS, None)

@@ -1,0 +1,204 @@
+"""Tokens, masks and what is done about long rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stages.encoding.encoder import Encoded, Encoder
+from stages.prepared.row import PreparedRow
+from tests.support.tokenizers import CHATML, tokenizer
+
+PAIR = PreparedRow("1", "f:1", prompt="Q: ab", completion="cd")
+TALK = PreparedRow(
+    "2", "f:2",
+    messages=[
+        {"role": "user", "content": "x"}, {"role": "assistant", "content": "yy"},
+        {"role": "user", "content": "z"}, {"role": "assistant", "content": "ww"},
+    ],
+)  # fmt: skip
+TEXT = PreparedRow("3", "f:3", text="first line\nA: second line")
+
+
+def encode(row: PreparedRow, made: Any = None, **options: Any) -> Encoded:
+    [encoded] = Encoder(made or tokenizer(), **{"max_length": 512, "train_on": "completion", **options}).encode([row])
+    return encoded
+
+
+def learned(row: PreparedRow, made: Any = None, **options: Any) -> list[str]:
+    """The text of each run of trained tokens."""
+    made = made or tokenizer()
+    runs: list[str] = []
+    for token_row in encode(row, made, **options).rows:
+        before = False
+        for index, on in zip(token_row.input_ids, token_row.loss_mask, strict=True):
+            if on:
+                runs = [*runs, ""] if not before else runs
+                runs[-1] += made.convert_tokens_to_string([made.convert_ids_to_tokens(int(index))])
+            before = bool(on)
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("row", "train_on", "expected"),
+    [
+        (PAIR, "completion", ["cd<|end|>"]),
+        (PAIR, "assistant", ["cd<|end|>"]),
+        (PAIR, "last_assistant", ["cd<|end|>"]),
+        (PAIR, "all", [": abcd<|end|>"]),
+        (TEXT, "completion", ["irst line\nA: second line<|end|>"]),
+        (TALK, "completion", ["yy<|im_end|>", "ww<|im_end|>"]),
+        (TALK, "assistant", ["yy<|im_end|>", "ww<|im_end|>"]),
+        (TALK, "last_assistant", ["ww<|im_end|>"]),
+    ],
+)
+def test_train_on(row: PreparedRow, train_on: str, expected: list[str]) -> None:
+    assert learned(row, train_on=train_on) == expected
+
+
+def test_train_on_all_of_a_conversation() -> None:
+    [run] = learned(TALK, train_on="all")
+    assert run.startswith("user\nx") and run.endswith("ww<|im_end|>\n")
+
+
+def test_what_follows_the_answer_marker_is_learned() -> None:
+    assert learned(TEXT, answer_marker="A: ") == ["second line<|end|>"]
+    assert learned(TEXT, answer_marker="A: ", train_on="all")[0].startswith("irst")
+    missing = encode(TEXT, answer_marker="B: ")
+    assert (missing.reason, missing.rows) == ("bad", [])
+    assert missing.message.startswith("f:3: has no 'B: ', which tokenize.answer_marker names")
+
+
+def test_a_token_across_the_border_is_learned() -> None:
+    # Of "…ab" + "cd", "bc" is one token: the prompt's own tokens are no prefix of the row's.
+    made = tokenizer(("b", "c"))
+    alone = made("Q: ab")["input_ids"]
+    row = encode(PAIR, made).rows[0]
+    assert row.input_ids[: len(alone)].tolist() != alone
+    assert learned(PAIR, made) == ["bcd<|end|>"]
+
+
+def test_offsets_that_a_tokenizer_trims_are_not_trusted() -> None:
+    row = PreparedRow("1", "f:1", prompt="Q:", completion="\n\n  x")
+    for trim in (False, True):
+        assert learned(row, tokenizer(("Ċ", "Ċ"), ("Ġ", "Ġ"), trim=trim)) == ["\n\n  x<|end|>"]
+
+
+def test_bos_is_never_doubled() -> None:
+    made = tokenizer(bos=True, template="<s>" + CHATML)
+    bos = made.bos_token_id
+    own = PreparedRow("1", "f:1", prompt="<s>Q", completion="a")
+    for row in (PAIR, own, TALK):
+        ids = encode(row, made).rows[0].input_ids.tolist()
+        assert ids[0] == bos
+        assert ids.count(bos) == 1
+
+
+def test_bos_survives_truncation() -> None:
+    made = tokenizer(bos=True)
+    row = encode(PreparedRow("1", "f:1", prompt="x" * 50, completion="abc"), made, max_length=16).rows[0]
+    assert len(row.input_ids) == 16
+    assert made.decode(row.input_ids) == "<s>" + "x" * 11 + "abc<|end|>"
+
+
+def test_eos_can_be_left_out() -> None:
+    assert learned(PAIR, add_eos=False) == ["cd"]
+    assert learned(PreparedRow("1", "f:1", prompt="Q", completion="a<|end|>")) == ["a<|end|>"]
+
+
+def test_a_given_chat_template_replaces_the_tokenizers() -> None:
+    shouting = CHATML.replace("m.content", "m.content + '!'")
+    assert learned(TALK, chat_template=shouting) == ["yy!<|im_end|>", "ww!<|im_end|>"]
+
+
+LONG = PreparedRow("1", "f:1", prompt="p" * 30, completion="abcdef")
+
+
+@pytest.mark.parametrize(("max_length", "kept"), [(20, "p" * 13), (8, "p"), (12, "ppppp")])
+def test_truncation_takes_the_prompts_start(max_length: int, kept: str) -> None:
+    made = tokenizer()
+    for train_on in ("completion", "all"):
+        row = encode(LONG, made, max_length=max_length, train_on=train_on).rows[0]
+        assert made.decode(row.input_ids) == kept + "abcdef<|end|>"
+        assert row.truncated
+    assert row.trained_bytes == len(kept) - 1 + 6
+
+
+def test_an_answer_that_does_not_fit_loses_its_end() -> None:
+    made = tokenizer()
+    row = encode(PreparedRow("1", "f:1", prompt="pp", completion="abcdefghijkl"), made, max_length=8).rows[0]
+    assert made.decode(row.input_ids) == "pabcdefg"
+    assert row.trained_bytes == 7
+
+
+def test_a_long_conversation_keeps_its_last_answer() -> None:
+    made = tokenizer()
+    whole = len(encode(TALK, made).rows[0].input_ids)
+    row = encode(TALK, made, max_length=whole - 20).rows[0]
+    assert made.decode(row.input_ids).endswith("ww<|im_end|>\n")
+
+
+def test_long_rows_can_be_dropped_or_refused() -> None:
+    for mode in ("drop", "error"):
+        encoded = encode(LONG, max_length=16, over_length=mode)
+        assert (encoded.reason, encoded.rows, encoded.length) == ("too_long", [], 37)
+        assert encoded.message == (
+            "f:1: has 37 tokens; raise tokenize.max_length (16) or set tokenize.over_length: truncate"
+        )
+
+
+def test_windows_train_on_every_token_once() -> None:
+    made = tokenizer()
+    text = "".join(chr(97 + i % 26) for i in range(100))
+    rows = encode(PreparedRow("9", "f:9", text=text), made, max_length=16, over_length="split", overlap=4).rows
+    assert [row.id for row in rows] == [f"9-{i}" for i in range(len(rows))]
+    assert all(len(row.input_ids) <= 16 for row in rows)
+    trained = np.concatenate([row.input_ids[row.loss_mask] for row in rows])
+    assert made.decode(trained) == text[1:] + "<|end|>"
+    assert sum(row.trained_bytes for row in rows) == 99
+    assert made.decode(rows[1].input_ids[:4]) == made.decode(rows[0].input_ids[-4:])
+    fewer = encode(PreparedRow("9", "f:9", text=text), made, max_length=16, over_length="split", overlap=1).rows
+    assert len(fewer) < len(rows)
+
+
+def test_a_pair_is_truncated_where_texts_are_split() -> None:
+    [row] = encode(LONG, max_length=16, over_length="split").rows
+    assert row.truncated
+
+
+def test_a_row_with_nothing_to_learn_is_dropped() -> None:
+    talk = PreparedRow("2", "f:2", messages=[{"role": "user", "content": "x"}])
+    assert encode(talk).reason == "nothing_to_learn"
+    assert encode(PreparedRow("3", "f:3", text="x A: "), answer_marker="A: ").reason == "nothing_to_learn"
+
+
+def test_a_conversation_that_the_template_rejects_is_bad() -> None:
+    encoded = encode(TALK, tokenizer(template="{{ raise_exception('no') }}"))
+    assert (encoded.reason, encoded.message) == (
+        "bad",
+        "f:2: the chat template rejects the turns user, assistant, user, assistant: no",
+    )
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+
+
+@settings(max_examples=60, deadline=None)
+@given(words, words, st.sampled_from(["completion", "all"]), st.integers(8, 40), st.sampled_from(["truncate", "split"]))
+def test_lengths_and_offsets_agree(prompt: str, completion: str, train_on: Any, limit: int, mode: Any) -> None:
+    row = PreparedRow("1", "f:1", prompt=prompt, completion=completion)
+    by_lengths = Encoder(MADE, max_length=limit, train_on=train_on, over_length=mode)
+    by_offsets = Encoder(MADE, max_length=limit, train_on=train_on, over_length=mode)
+    by_offsets._byte_lengths = None
+    [one], [other] = by_lengths.encode([row]), by_offsets.encode([row])
+    assert one.reason == other.reason
+    for a, b in zip(one.rows, other.rows, strict=True):
+        assert a.input_ids.tolist() == b.input_ids.tolist()
+        assert a.loss_mask.tolist() == b.loss_mask.tolist()
+
+
+MADE = tokenizer(("a", "b"), ("Ġ", "a"), ("Ċ", "Ċ"))

@@ -1,0 +1,49 @@
+"""Prompts are rendered and tokenized as training rows begin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stages.encoding.encoder import Encoder
+from stages.prepared.row import PreparedRow
+from stages.sampling.prompts import Prompts
+from stages.schemas.schemas import Shapes
+from tests.support.tokenizers import CHATML, tokenizer
+
+
+def prompts(made: Any, template: str | None = "Q: {question}\nA: {answer}", **options: Any) -> Prompts:
+    defaults: dict[str, Any] = {"columns": {}, "normalize": "NFC", "chat_template": None}
+    return Prompts(made, template=template, **(defaults | options))
+
+
+@pytest.mark.parametrize("template", ["Q: {question}\nA: {answer}", None])
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_prompt_is_the_start_of_its_training_row(template: str | None, bos: bool) -> None:
+    made = tokenizer(bos=bos, template="<s>" + CHATML if bos else CHATML)
+    row = {"question": "why?", "answer": "so."}
+    shapes = Shapes(template)
+    content = shapes.content(row, shapes.detect(row))
+    [encoded] = Encoder(made, max_length=512, train_on="completion").encode([PreparedRow("1", "f:1", **content)])
+    ids = prompts(made, template).of_row({"question": "why?"}).ids
+    trained = encoded.rows[0].loss_mask.argmax()
+    assert encoded.rows[0].input_ids[:trained].tolist() == ids
+
+
+def test_what_a_row_of_prompts_may_have() -> None:
+    maker = prompts(tokenizer())
+    assert maker.of_row({"question": "q"}).text == "Q: q\nA: "
+    assert maker.of_row({"instruction": "q"}).text == "Q: q\nA: "
+    assert maker.of_row({"prompt": "raw"}).text == "raw"
+    talk = {"messages": [{"role": "user", "content": "q"}]}
+    assert maker.of_row(talk).text == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert prompts(tokenizer(), columns={"question": "Frage"}).of_row({"Frage": "q"}).text == "Q: q\nA: "
+    with pytest.raises(ValueError, match="has no 'question'"):
+        maker.of_row({"other": "q"})
+
+
+def test_words_take_the_question_s_place() -> None:
+    assert prompts(tokenizer()).of_words("q").text == "Q: q\nA: "
+    assert prompts(tokenizer(), "{a}{b}{c}").of_words("q").text == "q"
+    assert prompts(tokenizer(), None).of_words("q").text.endswith("user\nq<|im_end|>\n<|im_start|>assistant\n")

@@ -1,0 +1,21 @@
+"""What the project's files import, and where they lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stages.lora import code
+
+ROOT = Path(__file__).parents[2]
+MODULES = sorted(path.relative_to(ROOT) for path in (ROOT / "stages").rglob("*.py"))
+
+
+def third_party(path: Path) -> set[str]:
+    """Top-level names that a file imports from outside, for types too."""
+    return {name.split(".")[0] for name in code.imported(ROOT / path, types=True)} - {"stages", "__future__"}
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """The other rooms that a file of a room imports from, for types too."""
+    named = [name.split(".") for name in code.imported(ROOT / path, "stages", types=True)]
+    return {parts[1] for parts in named if len(parts) > 1} - {path.parts[1]}

@@ -1,0 +1,17 @@
+"""Rows and a model for the numerical core."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stages.tokens.row import TokenRow
+
+
+def token_row(number: int, length: int, *, trained: int, seed: int = 0) -> TokenRow:
+    """A row of random bytes whose last `trained` tokens count."""
+    rng = np.random.default_rng([seed, number])
+    mask = np.zeros(length, dtype=bool)
+    mask[-trained:] = True
+    return TokenRow(
+        f"row{number}", f"rows.jsonl:{number}", rng.integers(0, 256, length).astype(np.int32), mask, trained, False
+    )

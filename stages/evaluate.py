@@ -18,11 +18,10 @@ import typer
 from stages.base.manifest import locate, read_manifest
 from stages.cli import console
 from stages.files import hashes, outputs
-from stages.lora import execution as shortcuts
 from stages.params.loading import load_params
 
 if TYPE_CHECKING:
-    from stages.lora.frozen import FrozenPrefix
+    from stages.lora.frozen import FrozenLayers
     from stages.scoring.ranks import Ranks
     from stages.scoring.score import Score
     from stages.tokens.row import TokenRow
@@ -43,6 +42,7 @@ def evaluate(
     Under `mlx.launch` its processes share out the rows; the first of them talks and writes.
     """
     from stages.lora import adapter
+    from stages.lora.execution import set_up
     from stages.model.load import load_base
     from stages.scoring import ranks as distributed
     from stages.tokens.parquet import read_tokens
@@ -57,7 +57,7 @@ def evaluate(
         raise ValueError(
             f"{tokens / 'test.parquet'}: no rows to evaluate on; raise prepare.test_fraction or prepare.test_rows"
         )
-    ranks.agree(
+    ranks.check_equal(
         {
             "params": settings.model_dump(include={"evaluate", "model"}),
             "tokens": hashes.sha256(tokens / "test.parquet"),
@@ -69,23 +69,26 @@ def evaluate(
             locate(manifest), dtype=settings.model.dtype, trust_remote_code=settings.model.trust_remote_code
         )
     size = settings.evaluate.batch_size
-    with _adapter_of_first(adapter_dir, ranks) as folder:
-        prefix = shortcuts.take(
+    with _adapter_of_rank_0(adapter_dir, ranks) as folder:
+        execution = set_up(
             model,
-            adapter.saved_names(folder),
             rows,
-            settings=settings,
-            manifest=manifest,
-            kernels=settings.model.cpu_kernels,
+            adapted=adapter.saved_names(folder),
+            options=settings.model,
+            base=manifest.identity,
+            cache_gb=settings.runtime.cache_gb,
         )
+        for note in execution.notes:
+            console.say(note)
         began = time.perf_counter()
-        scores = {"base": _score(model, rows, size, "base", ranks, prefix)}
+        scores = {"base": _score(model, rows, size, "base", ranks, execution.frozen)}
         seconds = {"base": time.perf_counter() - began}
         adapter.load(model, folder)
     began = time.perf_counter()
-    scores["adapter"] = _score(model, rows, size, "adapter", ranks, prefix)
+    scores["adapter"] = _score(model, rows, size, "adapter", ranks, execution.frozen)
     seconds["adapter"] = time.perf_counter() - began
-    shortcuts.close(prefix)
+    if problem := execution.close():
+        console.warn(problem)
     if ranks.rank:
         return
 
@@ -112,29 +115,29 @@ def evaluate(
 
 
 def _score(
-    model: Any, rows: list[TokenRow], batch_size: int, name: str, ranks: Ranks, prefix: FrozenPrefix | None
+    model: Any, rows: list[TokenRow], batch_size: int, name: str, ranks: Ranks, frozen: FrozenLayers | None
 ) -> list[Score]:
     """Each row's score, in the order of the rows, whichever rank scored it."""
     from stages.scoring.score import gather_scores, score_rows
 
-    own = ranks.deal([len(row.input_ids) for row in rows])
+    own = ranks.shard([len(row.input_ids) for row in rows])
     with console.progress(f"scoring {name}", total=len(own)) as advance:
         scored = {}
-        for index, score in score_rows(model, [rows[i] for i in own], batch_size=batch_size, prefix=prefix):
+        for index, score in score_rows(model, [rows[i] for i in own], batch_size=batch_size, frozen=frozen):
             scored[own[index]] = score
             advance(1)
     return gather_scores(scored, rows=len(rows), ranks=ranks)
 
 
 @contextmanager
-def _adapter_of_first(directory: Path, ranks: Ranks) -> Iterator[Path]:
+def _adapter_of_rank_0(directory: Path, ranks: Ranks) -> Iterator[Path]:
     """The folder of rank 0's adapter on every rank: on several machines, training left it on the first alone."""
     from stages.lora.adapter import CONFIG_FILE, WEIGHTS_FILE
 
     with tempfile.TemporaryDirectory() as scratch:
         for name in (CONFIG_FILE, WEIGHTS_FILE) if ranks.size > 1 else ():
             content = (directory / name).read_bytes() if ranks.rank == 0 else b""
-            (Path(scratch) / name).write_bytes(ranks.bytes_of_first(content))
+            (Path(scratch) / name).write_bytes(ranks.broadcast_bytes(content))
         yield Path(scratch) if ranks.rank else directory
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +20,9 @@ from stages.params import schema
 from stages.params.loading import load_params
 from stages.readers import find
 from stages.readers.rows import strict
-from stages.sampling.prompts import Prompt, Prompts
+
+if TYPE_CHECKING:
+    from stages.sampling.prompts import Prompt, Prompts
 
 
 def generate(
@@ -93,6 +95,8 @@ def _stream(directory: Path, prompt: Prompt, settings: schema.Params) -> None:
 
 
 def _prompts(directory: Path, settings: schema.Params) -> Prompts:
+    from stages.sampling.prompts import Prompts
+
     tokenizer = load_tokenizer(directory, trust_remote_code=settings.model.trust_remote_code)
     rendered_by = {name: getattr(settings.prepare, name) for name in ("template", "columns", "normalize")}
     return Prompts(tokenizer, **rendered_by, chat_template=settings.tokenize.chat_template)

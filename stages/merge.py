@@ -36,6 +36,7 @@ def merge(
 ) -> None:
     """Write base + adapter as one model; read it back and compare its predictions with the adapter's, or fail."""
     from stages.lora import adapter
+    from stages.lora.execution import narrow_head
     from stages.merging import fuse as core
     from stages.merging.agreement import compare, log_probabilities
     from stages.model import load as model
@@ -53,6 +54,7 @@ def merge(
 
     with console.progress("reading the adapter's predictions"):
         adapted, _ = model.load_base(directory, dtype=settings.model.dtype, trust_remote_code=trust)
+        narrow_head(adapted)
         adapter.load(adapted, adapter_dir)
         said = log_probabilities(adapted, rows)
         del adapted
@@ -71,6 +73,7 @@ def merge(
             del fused
         with console.progress("reading the merged model's predictions"):
             merged, _ = model.load_base(draft, dtype=settings.model.dtype, trust_remote_code=trust)
+            narrow_head(merged)
             agreement = compare(said, log_probabilities(merged, rows))
         _refuse_loss(agreement, options)
     summary = {

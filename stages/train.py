@@ -13,19 +13,17 @@ import typer
 
 from stages.base import store
 from stages.base.manifest import Manifest, locate, read_manifest
-from stages.cli import console
+from stages.cli import console, interrupts
 from stages.files import hashes, outputs
-from stages.lora import execution as shortcuts
 from stages.params import schema
 from stages.params.loading import load_params
-from stages.training import resume
-from stages.training.throughput import Clock, peak_memory
 
 if TYPE_CHECKING:
     from stages.lora.adapter import LoraConfig
-    from stages.tokens.row import TokenRow
-    from stages.training.loop import TrainConfig, Trainer
+    from stages.lora.execution import Execution
+    from stages.training.loop import Trainer
     from stages.training.progress import Event
+    from stages.training.throughput import Throughput
 
 
 def train(
@@ -50,68 +48,72 @@ def train(
     Under `mlx.launch` its processes share out each update's rows; the first of them talks and writes.
     """
     from stages.lora import adapter
+    from stages.lora.execution import set_up
     from stages.scoring import ranks as distributed
     from stages.tokens.parquet import read_tokens
-    from stages.training import record
-    from stages.training.checkpoint import Checkpoints, fingerprint
+    from stages.training import resume
+    from stages.training.checkpoint import Checkpoints
     from stages.training.loop import Trainer
+    from stages.training.step import choose_step
+    from stages.training.throughput import Throughput
 
-    started = time.perf_counter()
+    throughput = Throughput(time.perf_counter())
     ranks = distributed.join()
     console.follow(ranks.rank)
+
+    # Load
     settings = load_params(params_file, overrides or ())
     outputs.refuse_foreign(out, ["adapters.safetensors", "adapter_config.json"], inputs=[tokens])
     manifest = read_manifest(base_file)
     splits = {name: tokens / f"{name}.parquet" for name in ("train", "valid")}
     rows = {name: read_tokens(path, tokenizer=manifest.tokenizer_identity) for name, path in splits.items()}
     model, lora = _adapted_model(settings, manifest)
-    prefix = shortcuts.take(
-        model,
-        adapter.weights(model),
-        rows["train"] + rows["valid"],
-        settings=settings,
-        manifest=manifest,
-        # What is to be compiled is traced, and the kernels cannot be.
-        kernels=settings.model.cpu_kernels and settings.train.compile != "on",
-    )
-    config = _config(settings, rows["train"], ranks.size)
+
+    # Prepare
     with console.progress("checking the fast path"):
-        trainer = Trainer(model, rows["train"], rows["valid"], config, prefix=prefix, ranks=ranks)
-    for note in trainer.notes:
-        console.say(note)
-    run = fingerprint(
-        ranks,
-        params=settings.model_dump(include={"seed", "lora", "train"})
-        | settings.model.model_dump(include={"dtype", "cpu_kernels"}),
-        tokens={name: hashes.sha256(path) for name, path in splits.items()},
-        base=manifest.identity,
-        init_adapter=_digest(settings.train.init_adapter),
-        ways=trainer.ways,
+        execution = set_up(
+            model,
+            rows["train"] + rows["valid"],
+            adapted=adapter.weights(model),
+            options=settings.model,
+            base=manifest.identity,
+            cache_gb=settings.runtime.cache_gb,
+            is_traced=settings.train.compile == "on",
+            grad_checkpoint=settings.train.grad_checkpoint,
+        )
+        step = choose_step(model, rows["train"], settings.train, frozen=execution.frozen)
+    trainer = Trainer(
+        model,
+        rows["train"],
+        rows["valid"],
+        settings.train,
+        seed=settings.seed,
+        step=step,
+        frozen=execution.frozen,
+        ranks=ranks,
     )
-    checkpoints = Checkpoints(store.project("checkpoints"), run)
-    _tell_memory(trainer)
-    clock = Clock(started)
-    with resume.lock(checkpoints, ranks):
-        with console.progress("training", total=config.steps) as advance:
-            resume.run(
+    checkpoints = Checkpoints(store.project("checkpoints"), _fingerprint(trainer, settings, splits, manifest))
+    _tell_plan(trainer, [*execution.notes, *step.notes])
+
+    # Run and write
+    with resume.lock(checkpoints, ranks, console.say):
+        with interrupts.stop_requests() as requested, console.progress("training", total=trainer.steps) as advance:
+            run = resume.run(
                 trainer,
                 checkpoints,
                 steps_per_save=settings.runtime.steps_per_save,
-                report=lambda event: _report(event, clock.rate(trainer), advance),
+                requested=requested,
+                tell=console.say,
             )
-        shortcuts.close(prefix)
-        if ranks.rank:
-            return
-        trainer.finish()
-        with outputs.replacing(out) as draft:
-            adapter.save(draft, model, lora)
-        for name, text in record.curves(trainer.progress).items():
-            outputs.write_text(plots / name, text)
-        summary = record.summary(trainer)
-        outputs.write_json(metrics, summary)
-        outputs.write_json(timing, clock.figures(trainer))
-        checkpoints.clear()
-    console.table(f"Training → {out}", ("", "value"), ((name.replace("_", " "), v) for name, v in summary.items()))
+            try:
+                for event in run:
+                    _report(event, throughput, advance)
+            except resume.StoppedError as stopped:
+                raise typer.Exit(stopped.status) from None
+        _close(execution)
+        if ranks.rank == 0:
+            _write(trainer, lora, throughput, out=out, metrics=metrics, plots=plots, timing=timing)
+            checkpoints.clear()
 
 
 def _adapted_model(settings: schema.Params, manifest: Manifest) -> tuple[Any, LoraConfig]:
@@ -122,7 +124,7 @@ def _adapted_model(settings: schema.Params, manifest: Manifest) -> tuple[Any, Lo
     directory = locate(manifest)
     with console.progress("loading the base model"):
         model, _ = load_base(directory, dtype=settings.model.dtype, trust_remote_code=settings.model.trust_remote_code)
-    config = adapter.configure(model, **settings.lora.model_dump())
+    config = adapter.configure(model, settings.lora)
     if settings.train.init_adapter is None:
         adapter.attach(model, config, seed=settings.seed)
     else:
@@ -136,48 +138,60 @@ def _adapted_model(settings: schema.Params, manifest: Manifest) -> tuple[Any, Lo
     return model, config
 
 
-def _digest(init_adapter: str | None) -> str | None:
-    """The bytes that an earlier adapter starts the run with."""
+def _fingerprint(trainer: Trainer, settings: schema.Params, splits: dict[str, Path], manifest: Manifest) -> str:
+    """The name of this run, after everything that shapes its result."""
+    from stages.lora import kernels
     from stages.lora.adapter import WEIGHTS_FILE
+    from stages.training.checkpoint import fingerprint
 
-    return None if init_adapter is None else hashes.sha256(Path(init_adapter) / WEIGHTS_FILE)
+    start = settings.train.init_adapter
+    return fingerprint(
+        trainer.ranks,
+        params=settings.model_dump(include={"seed", "lora", "train"})
+        | settings.model.model_dump(include={"dtype", "cpu_kernels", "cache_frozen"}),
+        tokens={name: hashes.sha256(path) for name, path in splits.items()},
+        base=manifest.identity,
+        init_adapter=None if start is None else hashes.sha256(Path(start) / WEIGHTS_FILE),
+        # By what was found at the start: another form rounds otherwise.
+        execution={
+            "fused": trainer.step.is_fused,
+            "compiled": trainer.step.is_compiled,
+            "cpu_kernels": kernels.in_use(trainer.model),
+            "frozen_layers": trainer.frozen.layers if trainer.frozen else 0,
+        },
+    )
 
 
-def _config(settings: schema.Params, rows: list[TokenRow], ranks: int) -> TrainConfig:
-    from stages.training.loop import TrainConfig
-    from stages.training.updates import Updates
+def _tell_plan(trainer: Trainer, notes: list[str]) -> None:
+    """The number of updates, what makes them faster, and the memory that they need."""
+    from stages.training import memory
 
-    options = settings.train.model_dump(exclude={"epochs", "iters", "init_adapter"})
-    options["betas"] = tuple(options["betas"])
-    sizes = {name: options[name] for name in ("batch_size", "batch_tokens", "grad_accumulation")}
-    updates = Updates([len(row.input_ids) for row in rows], seed=settings.seed, **sizes)
-    steps = settings.train.iters or updates.in_epochs(settings.train.epochs or 0)
-    size, unit = (sizes["batch_size"], "rows") if sizes["batch_size"] else (sizes["batch_tokens"], "tokens at most")
-    size *= sizes["grad_accumulation"]
+    options, ranks = trainer.options, trainer.ranks.size
+    size, unit = (options.batch_size, "rows") if options.batch_size else (options.batch_tokens, "tokens at most")
+    size = (size or 0) * options.grad_accumulation
     console.say(
-        f"{len(rows):,} rows, {steps:,} updates of {size:,} {unit}, {updates.in_epochs(1):,} an epoch"
-        + (f", data-parallel on {ranks} ranks" if ranks > 1 else "")
+        f"{len(trainer.train):,} rows, {trainer.steps:,} updates of {size:,} {unit}, "
+        f"{trainer.steps_an_epoch:,} an epoch" + (f", data-parallel on {ranks} ranks" if ranks > 1 else "")
     )
     if unit == "rows" and ranks > size:
         console.warn(f"{ranks - size} ranks have no rows; raise train.batch_size to {ranks} or more")
-    return TrainConfig(steps=steps, seed=settings.seed, **options)
-
-
-def _tell_memory(trainer: Trainer) -> None:
-    """What the run will take of the memory there is, and what would help if it seems too much."""
-    from stages.training import memory
-
-    options: dict[str, Any] = {**trainer.share, "grad_checkpoint": trainer.config.grad_checkpoint}
-    needed = memory.estimate(trainer.model, trainer.train, **options, fused_loss=trainer.is_fused)
-    if advice := memory.advice(needed, **options):
+    for note in notes:
+        console.say(note)
+    share: dict[str, Any] = {**trainer.share, "grad_checkpoint": options.grad_checkpoint}
+    needed = memory.estimate(trainer.model, trainer.train, **share, fused_loss=trainer.step.is_fused)
+    if advice := memory.advice(needed, **share):
         console.warn(advice)
     else:
         console.say(f"about {needed.total / 2**30:.1f} of {needed.available / 2**30:.1f} GiB of memory needed")
 
 
-def _report(event: Event, rate: float, advance: Any) -> None:
+def _report(event: Event, throughput: Throughput, advance: Any) -> None:
     """A line for a report or a validation; on a terminal, the bar tells the rest."""
-    report, validation = event.report, event.validation
+    from stages.training.throughput import peak_memory
+
+    if event.timing:
+        throughput.add(event.timing)
+    report, validation, rate = event.report, event.validation, throughput.tokens_per_second
     line = f"step {event.step:>5}"
     if report:
         line += f"  loss {report.loss:.4f}  {rate:,.0f} tokens/s"
@@ -186,6 +200,36 @@ def _report(event: Event, rate: float, advance: Any) -> None:
     if report or validation:
         console.say(line)
     advance(to=event.step, status=f"{rate:,.0f} tokens/s, {peak_memory() / 1e9:.1f} GB")
+
+
+def _close(execution: Execution) -> None:
+    if problem := execution.close():
+        console.warn(problem)
+
+
+def _write(
+    trainer: Trainer,
+    lora: LoraConfig,
+    throughput: Throughput,
+    *,
+    out: Path,
+    metrics: Path,
+    plots: Path,
+    timing: Path,
+) -> None:
+    """The adapter, its curves and its metrics."""
+    from stages.lora import adapter
+    from stages.training import record
+
+    trainer.finish()
+    with outputs.replacing(out) as draft:
+        adapter.save(draft, trainer.model, lora)
+    for name, text in record.curves(trainer.progress).items():
+        outputs.write_text(plots / name, text)
+    summary = record.summary(trainer)
+    outputs.write_json(metrics, summary)
+    outputs.write_json(timing, throughput.figures(padded_share=trainer.progress.total.padded_share))
+    console.table(f"Training → {out}", ("", "value"), ((name.replace("_", " "), v) for name, v in summary.items()))
 
 
 if __name__ == "__main__":

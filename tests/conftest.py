@@ -16,11 +16,12 @@ import pytest
 if TYPE_CHECKING:
     from stages.tokens.row import TokenRow
 
-# No test talks to a network, whatever it calls, nor to the user's own store: the fast BLAS is loaded, and its copy
-# made, when the first test module imports the core.
+# No test talks to a network, whatever it calls, nor to the user's own store, into which the fast BLAS is copied.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["LORABUILD_STORE"] = tempfile.mkdtemp(prefix="lorabuild-tests-")
 atexit.register(shutil.rmtree, os.environ["LORABUILD_STORE"], ignore_errors=True)
+
+import stages.model  # noqa: E402, F401  the BLAS comes before MLX, which test modules import first
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from stages.lora import code
 from tests.support.dag import DAG, STAGES, paths
-from tests.support.imports import ROOT
+from tests.support.imports import MODULES, ROOT
 
 
 def downstream(first: set[str]) -> set[str]:
@@ -28,9 +29,16 @@ def downstream(first: set[str]) -> set[str]:
     return ran
 
 
+def parameters(stage: str) -> set[str]:
+    """The keys of params.yaml that a stage depends on; the other entry is versions.yaml's."""
+    return {key for key in STAGES[stage]["params"] if isinstance(key, str)}
+
+
 def reruns(parameter: str) -> set[str]:
     sections = {parameter, parameter.split(".")[0]}
-    return downstream({name for name, stage in STAGES.items() if sections & set(stage["params"])})
+    return downstream(
+        {name for name, stage in STAGES.items() if sections & {key for key in stage["params"] if isinstance(key, str)}}
+    )
 
 
 def test_the_readme_tells_what_a_parameter_reruns() -> None:
@@ -42,7 +50,7 @@ def test_the_readme_tells_what_a_parameter_reruns() -> None:
         for parameter in re.findall(r"`([^`]+)`", parameters):
             assert reruns(parameter) == set(stages.split(", ")), parameter
     documented = {p for parameters, _ in table for p in re.findall(r"`([^`]+)`", parameters)}
-    tracked = {key for stage in STAGES.values() for key in stage["params"]}
+    tracked = {key for stage in STAGES.values() for key in stage["params"] if isinstance(key, str)}
     assert tracked <= documented | {p.split(".")[0] for p in documented}
 
 
@@ -53,7 +61,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Pa
 
     folder = tmp_path_factory.mktemp("dvc") / "project"
     folder.mkdir()
-    for name in ("stages", ".dvc/config", ".dvc/.gitignore", ".gitignore", ".dvcignore", "dvc.yaml"):
+    for name in ("stages", ".dvc/config", ".dvc/.gitignore", ".gitignore", ".dvcignore", "dvc.yaml", "versions.yaml"):
         source = ROOT / name
         (folder / name).parent.mkdir(exist_ok=True)
         if source.is_dir():
@@ -101,6 +109,43 @@ def ran(output: str) -> list[str]:
 def test_a_second_repro_runs_nothing_and_changes_nothing(repository: Path) -> None:
     assert ran(dvc(repository, "repro")) == []
     assert git(repository, "status", "--porcelain") == ""
+
+
+def stale(folder: Path) -> set[str]:
+    """The stages with a changed dependency, as DVC sees them."""
+    from dvc.repo import Repo
+
+    with Repo(str(folder)) as repo:
+        status: dict[str, Any] = repo.status()
+    return {
+        stage for stage, changes in status.items() if any(isinstance(c, dict) and "changed deps" in c for c in changes)
+    }
+
+
+def test_a_change_in_a_module_makes_just_the_stages_stale_that_run_it(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    runs = {stage: code.code_files(f"stages.{stage}") for stage in STAGES}
+    assert stale(repository) == set()
+    for module in MODULES:
+        path = repository / module
+        before = path.read_bytes()
+        path.write_bytes(before + b"# changed\n")
+        assert stale(repository) == {stage for stage, files in runs.items() if module in files}, module
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("library", code.VERSIONED)
+def test_another_version_of_a_library_makes_just_the_stages_stale_that_use_it(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    monkeypatch.chdir(repository)
+    path = repository / "versions.yaml"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(re.sub(rf"^{library}: .*", f"{library}: 99.0", before, flags=re.MULTILINE), encoding="utf-8")
+    assert stale(repository) == {stage for stage in STAGES if library in code.versions_used(f"stages.{stage}")}
+    path.write_text(before, encoding="utf-8")
 
 
 def test_an_experiment_reruns_just_what_depends_on_the_parameter(repository: Path) -> None:

@@ -28,6 +28,7 @@ from mlx_lm.utils import get_total_parameters
 from stages.lora.arrays import write_arrays
 from stages.lora.targets import chosen, layer_indices, resolve, routers
 from stages.model.kinds import LINEAR, SWITCH
+from stages.params import schema
 
 WEIGHTS_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 _IN_LAYER = re.compile(r"^.*?\blayers\.(\d+)\.")
@@ -46,39 +47,33 @@ class LoraConfig:
     dropout: float
     keys: tuple[str, ...]
     layers: int | tuple[int, ...]
-    type: str = "lora"  # or "dora"
+    type: str  # "lora" or "dora"
 
 
-def scaling(*, rank: int, alpha: float | None, scale: float | None, rank_stabilized: bool) -> float:
-    """What the adapter's output is multiplied by: `scale` itself, or alpha over the rank or over its square root."""
-    if alpha is None:
-        return cast(float, scale)
-    return alpha / (math.sqrt(rank) if rank_stabilized else rank)
+def scaling(options: schema.Lora) -> float:
+    """The factor on the adapter's output: `scale` itself, or alpha over the rank or over its square root."""
+    if options.alpha is None:
+        return cast(float, options.scale)
+    return options.alpha / (math.sqrt(options.rank) if options.rank_stabilized else options.rank)
 
 
-def configure(
-    model: nn.Module,
-    *,
-    type: str,  # noqa: A002  the parameter's name
-    rank: int,
-    alpha: float | None,
-    scale: float | None,
-    rank_stabilized: bool,
-    dropout: float,
-    targets: Sequence[str],
-    layers: int | str | Sequence[int],
-) -> LoraConfig:
+def configure(model: nn.Module, options: schema.Lora) -> LoraConfig:
     """The `lora` section of the parameters, made definite for this model.
 
     Raises:
         ValueError: the model lacks such layers or modules.
     """
     count = len(model.layers)
-    indices = layer_indices(count, layers)
-    factor = scaling(rank=rank, alpha=alpha, scale=scale, rank_stabilized=rank_stabilized)
+    indices = layer_indices(count, options.layers)
     is_tail = indices == tuple(range(count - len(indices), count))
-    keys = resolve(model, targets, layers=indices)
-    return LoraConfig(rank, factor, dropout, keys, len(indices) if is_tail else indices, type)
+    return LoraConfig(
+        rank=options.rank,
+        scale=scaling(options),
+        dropout=options.dropout,
+        keys=resolve(model, options.targets, layers=indices),
+        layers=len(indices) if is_tail else indices,
+        type=options.type,
+    )
 
 
 def attach(model: nn.Module, config: LoraConfig, *, seed: int) -> list[str]:

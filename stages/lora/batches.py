@@ -1,8 +1,4 @@
-"""Which rows make up which update, and rows → padded arrays.
-
-The order is a pure function of (lengths, batch size or budget, seed, epoch): nothing that happens in training disturbs
-it.
-"""
+"""Rows → batches: padded arrays, with as little padding as can be."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from stages.lora.frozen import FrozenPrefix, States
+from stages.lora.frozen import FrozenLayers, States
 from stages.tokens.row import TokenRow
 
 # Lengths are padded to a multiple of this where every shape must be compiled.
@@ -87,31 +83,32 @@ def sorted_batches(
     return [order[batch] for batch in batches]
 
 
-def collate(rows: Sequence[TokenRow], prefix: FrozenPrefix | None = None, *, few_shapes: bool = False) -> Batch:
-    """Pad rows of at least two tokens each to a batch; a `prefix` puts their states to it.
+def collate(rows: Sequence[TokenRow], frozen: FrozenLayers | None = None, *, few_shapes: bool = False) -> Batch:
+    """Pad rows of at least two tokens each to a batch, with the output of the `frozen` layers, if there are any.
 
     With `few_shapes` it is padded so that many batches have the same shape.
     """
     longest = max(len(row.input_ids) for row in rows)
     if few_shapes:
         longest = -(-(longest - 1) // _LENGTHS) * _LENGTHS + 1
-    tokens = np.zeros((len(rows), longest), dtype=np.int32)
-    mask = np.zeros((len(rows), longest), dtype=bool)
+    # One more than L: inputs are all tokens but the last, targets all but the first.
+    tokens_BxL1 = np.zeros((len(rows), longest), dtype=np.int32)
+    mask_BxL1 = np.zeros((len(rows), longest), dtype=bool)
     for i, row in enumerate(rows):
-        tokens[i, : len(row.input_ids)] = row.input_ids
-        mask[i, : len(row.input_ids)] = row.loss_mask
+        tokens_BxL1[i, : len(row.input_ids)] = row.input_ids
+        mask_BxL1[i, : len(row.input_ids)] = row.loss_mask
     # The first token has nothing before it to be predicted from.
-    targets, trained = tokens[:, 1:].reshape(-1), np.flatnonzero(mask[:, 1:])
-    padding = _rounded_up(len(trained)) - len(trained) if few_shapes else 0
-    positions = np.pad(trained, (0, padding))
+    targets_BL, trained_N = tokens_BxL1[:, 1:].reshape(-1), np.flatnonzero(mask_BxL1[:, 1:])
+    padding = _rounded_up(len(trained_N)) - len(trained_N) if few_shapes else 0
+    padded_N = np.pad(trained_N, (0, padding))
     return Batch(
-        inputs_BxL=mx.array(tokens[:, :-1]),
-        targets_N=mx.array(targets[positions]),
-        trained_N=mx.array(positions),
-        weights_N=mx.array(np.arange(len(positions)) < len(trained), dtype=mx.float32),
-        rows_N=trained // (longest - 1),
+        inputs_BxL=mx.array(tokens_BxL1[:, :-1]),
+        targets_N=mx.array(targets_BL[padded_N]),
+        trained_N=mx.array(padded_N),
+        weights_N=mx.array(np.arange(len(padded_N)) < len(trained_N), dtype=mx.float32),
+        rows_N=trained_N // (longest - 1),
         real_tokens=sum(len(row.input_ids) for row in rows),
-        states=None if prefix is None else prefix.states(rows, length=longest - 1),
+        states=None if frozen is None else frozen.states(rows, length=longest - 1),
     )
 
 

@@ -1,4 +1,4 @@
-"""The frozen prefix: the layers below the first adapted one, whose output for given tokens never changes.
+"""Frozen layers: those below the first adapted one, whose output for given tokens never changes.
 
 Nothing in them is trained and they get no dropout, so their output (the states) is computed once per row and fed in at
 the first adapted layer from then on. This needs nothing from the model's code: while states are fed in, stand-ins take
@@ -22,7 +22,6 @@ from stages.model.phi3 import LongRoPE
 from stages.tokens.row import TokenRow
 
 _CHECK_TOKENS = 128  # of each row that the start-up check looks at
-_TOLERANCES = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 5e-2}  # of the largest logit
 
 
 class _ReachedError(Exception):
@@ -79,14 +78,16 @@ def _layers(model: nn.Module) -> list[Any]:
     return named
 
 
-class FrozenPrefix:
+@dataclass(frozen=True)
+class FrozenLayers:
     """The lowest `layers` layers of a model, skipped wherever a row's states are known.
 
     `cache` keeps states from one process to the next; without one they are computed whenever they are asked for.
     """
 
-    def __init__(self, model: nn.Module, layers: int, cache: StateCache | None = None) -> None:
-        self.model, self.layers, self.cache = model, layers, cache
+    model: nn.Module
+    layers: int
+    cache: StateCache | None = None
 
     def states(self, rows: Sequence[TokenRow], *, length: int | None = None) -> States:
         """The states of rows, of each all tokens but the last, padded at their end to `length` or to the longest."""
@@ -103,28 +104,21 @@ class FrozenPrefix:
                 return f"rows of over {module.original_length} tokens change the positions of all rows in their batch"
         return None
 
-    def mismatch(self, rows: Sequence[TokenRow]) -> str | None:
-        """Why the model may not be cut here, found on the beginnings of some rows; None where it says the same.
+    def beginnings(self, rows: Sequence[TokenRow]) -> list[mx.array]:
+        """The states of each row's first tokens, (l, D): kept ones if there are any.
 
-        The logits from the states, cached ones if there are any, against the plain model's: they may differ by 1e-4 of
-        the largest logit in float32, 1e-2 in float16, 5e-2 in bfloat16.
+        Raises:
+            ValueError: the model's layers cannot be cut apart.
         """
-        try:
-            states = [self._row_states(row.input_ids[:-1])[:_CHECK_TOKENS] for row in rows]
-        except Exception as error:  # whatever an unknown model trips over
-            return f"the model's layers cannot be cut apart ({error})"
-        for row, hidden_LxD in zip(rows, states, strict=True):
-            tokens_1xL = mx.array(row.input_ids[None, : len(hidden_LxD)])
-            plain = self.model(tokens_1xL)
-            try:
-                with fed(self.model, States(self.layers, hidden_LxD[None])):
-                    cut = self.model(tokens_1xL)
-            except Exception as error:  # whatever an unknown model trips over
-                return f"the model's layers cannot be cut apart ({error})"
-            difference = mx.abs(plain - cut).max() / mx.abs(plain).max()
-            if not float(difference) <= _TOLERANCES.get(plain.dtype, 1e-4):
-                return f"the model says something else from the states of its lowest {self.layers} layers"
-        return None
+        return [self._row_states(row.input_ids[:-1])[:_CHECK_TOKENS] for row in rows]
+
+    def logits(self, rows: Sequence[TokenRow], states: Sequence[mx.array] | None = None) -> mx.array:
+        """The model's logits on the first tokens of rows, all one after another, (tokens, V); or from their states."""
+        found = []
+        for i, row in enumerate(rows):
+            with fed(self.model, None if states is None else States(self.layers, states[i][None])):
+                found.append(self.model(mx.array(row.input_ids[None, :-1][:, :_CHECK_TOKENS]))[0])
+        return mx.concatenate(found)
 
     def _row_states(self, ids_L: np.ndarray) -> mx.array:
         if self.cache is None:

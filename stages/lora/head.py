@@ -2,8 +2,7 @@
 
 Between the last layer's norm and the logits a model may scale, cap, tie or pack: mlx-lm's decoders do so in their own
 `__call__`, around that of their backbone (`model.model`). So the head is run by the model itself, with a backbone that
-hands out given hidden states. The backbone stays the object it is, of a subclass of its kind, and keeps its
-parameters' names. A model that this does not hold for is left as it is: slower, and as right.
+hands out given hidden states: it takes a detour, for which patches.py gives it a subclass of its own.
 """
 
 from __future__ import annotations
@@ -22,24 +21,9 @@ Detour = Callable[[Callable[[], mx.array]], mx.array]
 _BACKBONES = ("model", "transformer", "backbone")
 
 
-def narrow_head(model: nn.Module, *, frozen: int = 0) -> bool:
-    """Let the head see chosen positions only, where the model's layout allows; says whether it does.
-
-    The lowest `frozen` layers are not run to find out.
-    """
-    backbone: Any = _backbone(model)
-    if backbone is None or is_narrowed(model):
-        return backbone is not None
-    kind = type(backbone)
-    backbone.__class__ = type(kind.__name__, (kind,), {"__call__": _with_detour(kind), "detour": None})
-    if _gives_the_same_logits(model, frozen):
-        return True
-    backbone.__class__ = kind
-    return False
-
-
 def is_narrowed(model: nn.Module) -> bool:
-    return hasattr(type(_backbone(model)), "detour")
+    """Whether the model's backbone has a detour, which the functions below need."""
+    return hasattr(type(backbone_of(model)), "detour")
 
 
 def hidden_at(model: nn.Module, tokens_BxL: mx.array, positions_N: mx.array) -> mx.array:
@@ -81,29 +65,17 @@ def head_is_trained(model: nn.Module) -> bool:
     return any(gradient.any().item() for _, gradient in tree_flatten(gradients))
 
 
-def _backbone(model: nn.Module) -> nn.Module | None:
-    """Embeddings, layers and final norm; of a model of text and more, those of its language model."""
+def backbone_of(model: nn.Module) -> Any:
+    """The module of embeddings, layers and final norm, of a model of text and more its language model's; or None."""
     while isinstance(inner := getattr(model, "language_model", None), nn.Module):
         model = inner
     found = (getattr(model, name, None) for name in _BACKBONES)
     return next((module for module in found if isinstance(module, nn.Module)), None)
 
 
-def _with_detour(kind: Any) -> Any:
-    plain = kind.__call__
-
-    def call(backbone: Any, *args: Any, **kwargs: Any) -> Any:
-        detour: Detour | None = backbone.detour
-        if detour is None:
-            return plain(backbone, *args, **kwargs)
-        return detour(lambda: plain(backbone, *args, **kwargs))
-
-    return call
-
-
 @contextmanager
 def _on_detour(model: nn.Module, detour: Detour) -> Iterator[None]:
-    backbone: Any = _backbone(model)
+    backbone = backbone_of(model)
     backbone.detour = detour
     try:
         yield
@@ -114,19 +86,3 @@ def _on_detour(model: nn.Module, detour: Detour) -> Iterator[None]:
 def _at(values_BxLxD: mx.array, positions_N: mx.array) -> mx.array:
     """(B, L, D) → (1, N, D)."""
     return values_BxLxD.reshape(1, -1, values_BxLxD.shape[-1])[:, positions_N]
-
-
-def _gives_the_same_logits(model: nn.Module, frozen: int) -> bool:
-    """Whether the head, by itself and behind the backbone, gives the plain model's logits, on four tokens."""
-    tokens_1xL, positions_N = mx.array([[1, 2, 3, 4]]), mx.array([1, 3])
-    with fed(model, embedded(model, frozen, tokens_1xL)):
-        plain_NxV = model(tokens_1xL)[0, positions_N]
-        try:
-            narrow_NxV = logits_at(model, tokens_1xL, positions_N)
-            apart_NxV = head_logits(model, hidden_at(model, tokens_1xL, positions_N))
-        except Exception:  # whatever an unknown model trips over
-            return False
-    return all(
-        found.shape == plain_NxV.shape and bool(mx.allclose(plain_NxV, found, rtol=1e-2, atol=1e-2).item())
-        for found in (narrow_NxV, apart_NxV)
-    )

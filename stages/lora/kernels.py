@@ -1,11 +1,10 @@
 """A CPU's own fast paths: SiLU, GELU, softmax, attention and cross-entropy by NumPy's vector code.
 
-MLX computes exp on a CPU one number after another, 12 ns each, where NumPy's vector loops take 0.5. So `install` gives
-the modules of one model classes of their own, whose code sees the functions below in place of MLX's: the same
-mathematics, other rounding in the last bits. Nothing outside that model changes.
+MLX computes exp on a CPU one number after another, 12 ns each, where NumPy's vector loops take 0.5. These functions do
+the same mathematics with other rounding in the last bits; patches.py lets a model's code see them in place of MLX's.
 
-The functions evaluate their inputs, so `mx.compile` cannot trace them: a step that is to be compiled does without
-`install`. What they do not cover (another device or type than float32, attention sinks, quantised caches) goes on to
+They evaluate their inputs, so `mx.compile` cannot trace them: a step that is to be compiled does without them. What
+they do not cover (another device or type than float32, attention sinks, quantised caches) goes on to
 MLX. A row is summed by one thread, so the bytes do not depend on how many there are.
 """
 
@@ -472,19 +471,6 @@ def cross_entropy(logits_NxV: mx.array, targets_N: mx.array) -> tuple[mx.array, 
     return losses_N, correct_N
 
 
-# --- Into a model ---
-
-
-class Namespace:
-    """A module's names, some of them replaced."""
-
-    def __init__(self, plain: Any, **replaced: Any) -> None:
-        self.__dict__.update(replaced, _plain=plain)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._plain, name)
-
-
 def in_use(model: nn.Module) -> bool:
-    """Whether this model uses these functions."""
+    """Whether a model's code sees these functions in place of MLX's (see patches.py)."""
     return bool(getattr(model, "has_cpu_kernels", False))

@@ -16,7 +16,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from stages.lora import kernels as cpu
+from stages.lora import kernels
 from stages.lora.batches import Batch
 from stages.lora.frozen import fed
 from stages.lora.head import head_is_trained, head_logits, hidden_at, is_narrowed, logits_at
@@ -50,7 +50,7 @@ def fused_sum_loss(model: nn.Module, batch: Batch, *, chunk_rows: int | None = N
     with fed(model, batch.states):
         hidden_NxD = hidden_at(model, batch.inputs_BxL, batch.trained_N)
     rows = chunk_rows or chunk_length(_vocabulary(model, hidden_NxD))
-    is_eager = cpu.in_use(model)
+    is_eager = kernels.in_use(model)
     cross_entropy = _cross_entropy_on_cpu if is_eager else _cross_entropy
 
     def losses(hidden_nxD: mx.array, targets_n: mx.array) -> mx.array:
@@ -67,7 +67,7 @@ def chunk_length(vocabulary: int) -> int:
 
 
 def why_not_fused(model: nn.Module) -> str | None:
-    """What keeps a model from the fused form, if anything does."""
+    """The reason why a model cannot have the fused form, if there is one."""
     if not is_narrowed(model):
         return "this model's head cannot be run apart from its layers"
     return "the head itself is trained" if head_is_trained(model) else None
@@ -79,8 +79,8 @@ def chunk_scores(model: nn.Module, batch: Batch) -> Iterator[Pair]:
     Evaluate one before the next is asked for, and no more than a chunk's logits are in memory.
     """
     for logits_nxV, targets_n in _logit_chunks(model, batch):
-        if cpu.in_use(model):
-            yield cpu.cross_entropy(logits_nxV, targets_n)
+        if kernels.in_use(model):
+            yield kernels.cross_entropy(logits_nxV, targets_n)
             continue
         losses_n, _ = cross_entropy_with_gradient(logits_nxV, targets_n)
         yield losses_n, mx.argmax(logits_nxV, axis=-1) == targets_n
@@ -115,7 +115,7 @@ def _with_gradient_kept(function: Callable[[mx.array, mx.array], Pair]) -> Any:
 
 
 _cross_entropy = _with_gradient_kept(cross_entropy_with_gradient)
-_cross_entropy_on_cpu = _with_gradient_kept(cpu.cross_entropy_with_gradient)
+_cross_entropy_on_cpu = _with_gradient_kept(kernels.cross_entropy_with_gradient)
 
 
 def _fused_losses(
@@ -140,7 +140,7 @@ def _fused_losses(
             ones_n, of_targets = mx.ones(targets_n.shape), partial(losses_of, targets_n=targets_n)
             (losses_n,), (gradient_nxD,) = mx.vjp(of_targets, [hidden_nxD], [ones_n])
             if is_eager:  # lets go of the chunk's logits
-                losses_n, gradient_nxD = cpu.detached(losses_n), cpu.detached(gradient_nxD)
+                losses_n, gradient_nxD = kernels.detached(losses_n), kernels.detached(gradient_nxD)
             losses.append(losses_n)
             gradients.append(gradient_nxD)
         return mx.concatenate(losses), mx.concatenate(gradients)

@@ -1,4 +1,14 @@
-"""Classes of a model's modules, replaced: the code of one model sees other functions than MLX's own."""
+"""Classes of one model's modules, replaced by subclasses: nothing outside that model changes.
+
+There are three patches, and execution.py puts them on in this order, once, as soon as the model is loaded:
+
+1. CPU kernels: modules whose code uses SiLU, softmax, attention and the like see the functions of kernels.py.
+2. Backbone: embeddings, layers and norm get a detour, by which the head sees chosen positions only (head.py).
+3. Layers: each that gradients pass through forgets its activations and computes them again on the way back.
+
+Each takes the classes that it finds, those of the patch before included. Adapter layers have none of these functions in
+their code, and may be attached before or after.
+"""
 
 from __future__ import annotations
 
@@ -9,125 +19,53 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models import activations
 from mlx_lm.models import base as mlx_lm_base
 
-from stages.lora.batches import collate
-from stages.lora.frozen import States, embedded, fed
-from stages.lora.kernels import (
-    Namespace,
-    attention,
-    fast_attention,
-    gelu_approx,
-    rms_norm,
-    rope,
-    silu,
-    softmax,
-    swiglu,
-    tanh,
-)
-from stages.tokens.row import TokenRow
+from stages.lora import kernels
+from stages.lora.head import Detour, backbone_of
 
-# How far logits and gradient may be from MLX's: the norm of the difference by the norm.
-TOLERANCE = 1e-3
-_COMPARED_TOKENS = 64  # of a row
 
+class _Namespace:
+    """A module's names, some of them replaced."""
+
+    def __init__(self, plain: Any, **replaced: Any) -> None:
+        self.__dict__.update(replaced, _plain=plain)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plain, name)
+
+
+# Name in a model's code → the plain function or module that it stands for there, and what replaces it.
 _REPLACED: dict[str, tuple[Any, Any]] = {
-    "swiglu": (activations.swiglu, swiglu),
-    "silu": (nn.silu, silu),
-    "gelu_approx": (nn.gelu_approx, gelu_approx),
-    "scaled_dot_product_attention": (mlx_lm_base.scaled_dot_product_attention, attention),
-    "nn": (nn, Namespace(nn, silu=silu, gelu_approx=gelu_approx)),
+    "swiglu": (activations.swiglu, kernels.swiglu),
+    "silu": (nn.silu, kernels.silu),
+    "gelu_approx": (nn.gelu_approx, kernels.gelu_approx),
+    "scaled_dot_product_attention": (mlx_lm_base.scaled_dot_product_attention, kernels.attention),
+    "nn": (nn, _Namespace(nn, silu=kernels.silu, gelu_approx=kernels.gelu_approx)),
     "mx": (
         mx,
-        Namespace(
+        _Namespace(
             mx,
-            softmax=softmax,
-            tanh=tanh,
-            fast=Namespace(mx.fast, scaled_dot_product_attention=fast_attention, rms_norm=rms_norm, rope=rope),
+            softmax=kernels.softmax,
+            tanh=kernels.tanh,
+            fast=_Namespace(
+                mx.fast,
+                scaled_dot_product_attention=kernels.fast_attention,
+                rms_norm=kernels.rms_norm,
+                rope=kernels.rope,
+            ),
         ),
     ),
 }
-
-
 _USED = {"swiglu", "silu", "gelu_approx", "softmax", "tanh", "scaled_dot_product_attention", "rms_norm", "rope"}
 
 
-def install(model: nn.Module, rows: Sequence[TokenRow], *, frozen: int = 0) -> str | None:
-    """Let a model use the functions above, if it then gives the same logits and gradients on the first two rows.
-
-    Gradients are compared of what is trainable, so an adapter is attached before. The lowest `frozen` layers are not
-    run for this where those above are of the same kinds: their weights may never be needed. Returns why the model was
-    left as it was, or None; on a GPU, where there is nothing to gain, it is left so without a word. Leaves it in
-    evaluation mode.
-    """
-    if mx.default_device().type != mx.DeviceType.cpu or not rows:
-        return None
-    types = {array.dtype for _, array in tree_flatten(model.parameters()) if mx.issubdtype(array.dtype, mx.floating)}
-    if types != {mx.float32}:
-        return "the fast CPU kernels are off: they need model.dtype float32"
-    model.eval()  # no dropout, which would differ between the two
-    tokens_BxL = collate(rows[:2]).inputs_BxL[:, :_COMPARED_TOKENS]
-    skipped = _skipped(model, frozen, tokens_BxL)
-    plain = _answers(model, tokens_BxL, skipped)
-    _replace(model)
-    try:
-        fast = _answers(model, tokens_BxL, skipped)
-    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-        uninstall(model)
-        return f"the fast CPU kernels are off: they do not fit this model's code ({error})"
-    distances = [_distance(a, b) for a, b in zip(fast, plain, strict=True)]
-    if all(distance <= TOLERANCE for distance in distances):
-        model.has_cpu_kernels = True
-        return None
-    uninstall(model)
-    return f"the fast CPU kernels are off: with this model they differ from MLX by {max(distances):.1e}"
+# --- 1. CPU kernels ---
 
 
-def uninstall(model: nn.Module) -> None:
-    """Undo `install`."""
-    model.has_cpu_kernels = False
-    for module in model.modules():
-        if plain := vars(type(module)).get("plain_kind"):
-            module.__class__ = plain
-
-
-def _skipped(model: nn.Module, frozen: int, tokens_BxL: mx.array) -> States | None:
-    """The embeddings in place of what `frozen` layers put out; None if these have kinds of modules of their own."""
-
-    def kinds(layers: Sequence[nn.Module]) -> set[type]:
-        return {type(module) for layer in layers for module in layer.modules()}
-
-    has_own_kinds = not kinds(model.layers[:frozen]) <= kinds(model.layers[frozen:])
-    return None if has_own_kinds else embedded(model, frozen, tokens_BxL)
-
-
-def _answers(model: nn.Module, tokens_BxL: mx.array, skipped: States | None) -> list[mx.array]:
-    """Logits, and the gradient by all that is trainable of a loss on them, as one vector."""
-
-    def logits() -> mx.array:
-        with fed(model, skipped):
-            return model(tokens_BxL)
-
-    def loss(tokens_BxL: mx.array) -> mx.array:
-        return nn.losses.cross_entropy(logits(), tokens_BxL).mean()
-
-    answers = [logits()]
-    if tree_flatten(model.trainable_parameters()):
-        _, gradients = nn.value_and_grad(model, loss)(tokens_BxL)
-        answers.append(mx.concatenate([gradient.flatten() for _, gradient in tree_flatten(gradients)]))
-    mx.eval(answers)
-    return answers
-
-
-def _distance(a: mx.array, b: mx.array) -> float:
-    """The norm of the difference by the norm of `b`."""
-    scale, difference = float(mx.linalg.norm(b.flatten())), float(mx.linalg.norm((a - b).flatten()))
-    return difference / scale if scale else difference
-
-
-def _replace(model: nn.Module) -> None:
+def patch_kernels(model: nn.Module) -> None:
+    """Let the model's code see the CPU kernels in place of MLX's functions."""
     kinds: dict[type, type | None] = {}
     for parent in model.modules():
         for name, child in list(parent.items()):
@@ -137,12 +75,21 @@ def _replace(model: nn.Module) -> None:
     for module in model.modules():
         kind = type(module)
         if kind not in kinds:
-            kinds[kind] = _fast_kind(kind)
+            kinds[kind] = kernel_kind(kind)
         if (fast := kinds[kind]) is not None:
             module.__class__ = fast
+    model.has_cpu_kernels = True
 
 
-def _fast_kind(kind: type) -> type | None:
+def unpatch_kernels(model: nn.Module) -> None:
+    """Undo `patch_kernels`, if no other patch came after it."""
+    model.has_cpu_kernels = False
+    for module in model.modules():
+        if plain := vars(type(module)).get("plain_kind"):
+            module.__class__ = plain
+
+
+def kernel_kind(kind: type) -> type | None:
     """A subclass whose functions see the replaced names; None if they use none of these."""
     functions: dict[str, Any] = {}
     for parent in reversed(kind.__mro__):
@@ -167,3 +114,59 @@ def _with_globals(function: FunctionType, names: dict[str, Any]) -> FunctionType
     )
     made.__kwdefaults__ = function.__kwdefaults__
     return made
+
+
+# --- 2. Backbone ---
+
+
+def patch_backbone(model: nn.Module) -> None:
+    """Give the model's backbone a detour; none is taken until head.py sets one."""
+    backbone = backbone_of(model)
+    kind = type(backbone)
+    backbone.__class__ = type(kind.__name__, (kind,), {"__call__": _with_detour(kind), "detour": None})
+
+
+def unpatch_backbone(model: nn.Module) -> None:
+    """Undo `patch_backbone`, if no other patch came after it."""
+    backbone = backbone_of(model)
+    backbone.__class__ = type(backbone).__base__
+
+
+def _with_detour(kind: Any) -> Any:
+    plain = kind.__call__
+
+    def call(backbone: Any, *args: Any, **kwargs: Any) -> Any:
+        detour: Detour | None = backbone.detour
+        if detour is None:
+            return plain(backbone, *args, **kwargs)
+        return detour(lambda: plain(backbone, *args, **kwargs))
+
+    return call
+
+
+# --- 3. Layers ---
+
+
+def patch_layers(layers: Sequence[nn.Module]) -> None:
+    """Let layers forget their activations and compute them again on the way back: gradient checkpointing.
+
+    Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174).
+    """
+    for layer in layers:
+        kind = type(layer)
+        if not getattr(kind, "recomputes", False):
+            # A subclass of its own for this very layer: other models with layers of this kind keep theirs.
+            layer.__class__ = type(kind.__name__, (kind,), {"__call__": _recomputing(kind), "recomputes": True})
+
+
+def _recomputing(kind: Any) -> Any:
+    plain = kind.__call__
+
+    def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def inner(trainable: Any, *args: Any, **kwargs: Any) -> Any:
+            layer.update(trainable)
+            return plain(layer, *args, **kwargs)
+
+        return mx.checkpoint(inner)(layer.trainable_parameters(), *args, **kwargs)
+
+    return call

@@ -1,10 +1,14 @@
-"""A faster form of the training step against the plain one: the same loss and gradients, or a reason not to use it."""
+"""A faster way of computing compared with the plain one on the first rows: the same results, or a note and the plain.
+
+Every optional saving (CPU kernels, head at chosen positions, frozen layers, fused loss, compiled step) passes `compare`
+before it is used. The caller puts the model into evaluation mode, for dropout would differ between the two.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -12,66 +16,99 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from stages.lora.batches import Batch, collate
-from stages.lora.frozen import FrozenPrefix, embedded
+from stages.lora.frozen import FrozenLayers, embedded
 from stages.model.load import floating_dtype
 from stages.tokens.row import TokenRow
 
-Taken = Callable[[], tuple[mx.array, Any]]
+# Quantity → array, or tree of arrays.
+Results = Mapping[str, Any]
 
-# Largest share by which the loss may differ, and the gradients: the norm of their difference against their norm.
+# By quantity and by the model's float type, the largest norm of the difference over the norm of the plain result.
 # Float32 rounds each sum to some 1e-6, halves to 1e-2 and less.
-LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
-HALF_LOSS_TOLERANCE, HALF_GRADIENT_TOLERANCE = 1e-2, 5e-2
+TOLERANCES: dict[str, dict[mx.Dtype, float]] = {
+    "logits": {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 5e-2},
+    "loss": {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 1e-2},
+    "gradient": {mx.float32: 1e-3, mx.float16: 5e-2, mx.bfloat16: 5e-2},
+}
 
 # A second's work for a small model on a CPU.
 _ROWS, _TOKENS = 2, 32
 
 
-def check_batch(rows: Sequence[TokenRow], prefix: FrozenPrefix | None = None, *, few_shapes: bool = False) -> Batch:
+@dataclass(frozen=True)
+class Check:
+    """The outcome for one saving: used if `reason` is None, and otherwise why not. `name` is as the user knows it."""
+
+    name: str
+    reason: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.reason is None
+
+    @property
+    def note(self) -> str | None:
+        """A line for the user about a saving that is not used."""
+        return None if self.reason is None else f"{self.name} is not used: {self.reason}"
+
+
+def notes_of(checks: Sequence[Check]) -> tuple[str, ...]:
+    """The notes of those checks that did not pass."""
+    return tuple(check.note for check in checks if check.note is not None)
+
+
+def compare(model: nn.Module, name: str, plain: Callable[[], Results], fast: Callable[[], Results]) -> Check:
+    """Compare what the fast way gives with what the plain way gives on the same tokens.
+
+    Whatever the fast way raises is a reason too: it may meet models that nobody has tried it on.
+    """
+    wanted = _evaluated(plain())
+    try:
+        found = _evaluated(fast())
+    except Exception as error:
+        return Check(name, f"it fails ({type(error).__name__}: {error})".splitlines()[0])
+    dtype = floating_dtype(model)
+    for quantity, arrays in wanted.items():
+        difference = relative_difference(found[quantity], arrays)
+        if not difference <= TOLERANCES[quantity].get(dtype, TOLERANCES[quantity][mx.float32]):
+            return Check(name, f"{difference:.2%} off in the {quantity}")
+    return Check(name)
+
+
+def relative_difference(found: Mapping[str, mx.array], wanted: Mapping[str, mx.array]) -> float:
+    """The norm of the difference over the norm of what is wanted; infinite where shapes differ."""
+    if any(found[name].shape != array.shape for name, array in wanted.items()):
+        return math.inf
+    scale, difference = _norm(wanted.values()), _norm(found[name] - array for name, array in wanted.items())
+    return difference / scale if scale else difference
+
+
+def _norm(arrays: Any) -> float:
+    return math.sqrt(sum(float(mx.square(array).sum()) for array in arrays))
+
+
+def _evaluated(results: Results) -> dict[str, dict[str, mx.array]]:
+    """Each quantity as arrays by name, in float32."""
+    arrays = {
+        quantity: {name: array.astype(mx.float32) for name, array in tree_flatten({"": value})}
+        for quantity, value in results.items()
+    }
+    mx.eval(arrays)
+    return arrays
+
+
+def check_batch(rows: Sequence[TokenRow], frozen: FrozenLayers | None = None, *, few_shapes: bool = False) -> Batch:
     """The first rows up to their last trained token, the start of long ones left out.
 
-    The layers of a `prefix` are not run for it: their embeddings stand for what they put out.
+    The `frozen` layers are not run for it: their embeddings stand for what they put out.
     """
     batch = collate([_excerpt(row) for row in rows[:_ROWS]], few_shapes=few_shapes)
-    if prefix is None:
+    if frozen is None:
         return batch
-    return replace(batch, states=embedded(prefix.model, prefix.layers, batch.inputs_BxL))
+    return replace(batch, states=embedded(frozen.model, frozen.layers, batch.inputs_BxL))
 
 
 def _excerpt(row: TokenRow) -> TokenRow:
     end = int(row.loss_mask.nonzero()[0][-1]) + 1
     part = slice(max(end - _TOKENS, 0), end)
     return replace(row, input_ids=row.input_ids[part], loss_mask=row.loss_mask[part])
-
-
-def disagreement(model: nn.Module, plain: Taken, fast: Taken) -> str | None:
-    """Why `fast` cannot stand for `plain`, each a loss and its gradients; None if it can.
-
-    Both are to be taken on the same tokens (`check_batch`), of a model in evaluation mode.
-    """
-    wanted_loss, wanted = _evaluated(plain)
-    try:
-        loss, gradients = _evaluated(fast)
-    except Exception as error:  # whatever an unknown model trips over
-        return f"it fails ({type(error).__name__}: {error})".splitlines()[0]
-    is_full = floating_dtype(model) == mx.float32
-    loss_share = abs(loss - wanted_loss) / max(abs(wanted_loss), 1e-9)
-    if not loss_share <= (LOSS_TOLERANCE if is_full else HALF_LOSS_TOLERANCE):
-        return f"its loss is {loss:.6g} and should be {wanted_loss:.6g}"
-    gradient_share = _norm([gradients[name] - array for name, array in wanted.items()]) / max(
-        _norm(list(wanted.values())), 1e-9
-    )
-    if not gradient_share <= (GRADIENT_TOLERANCE if is_full else HALF_GRADIENT_TOLERANCE):
-        return f"its gradients differ by {gradient_share:.2%}"
-    return None
-
-
-def _evaluated(taken: Taken) -> tuple[float, dict[str, mx.array]]:
-    value, tree = taken()
-    gradients = {name: gradient.astype(mx.float32) for name, gradient in tree_flatten(tree)}
-    mx.eval(value, gradients)
-    return float(value), gradients
-
-
-def _norm(arrays: list[mx.array]) -> float:
-    return math.sqrt(sum(float(mx.square(array).sum()) for array in arrays))

@@ -10,7 +10,6 @@ import mlx.nn as nn
 import numpy as np
 
 from stages.lora.batches import collate
-from stages.lora.head import narrow_head
 from stages.lora.loss import trained_logits
 from stages.tokens.row import TokenRow
 
@@ -25,9 +24,7 @@ class Agreement:
 
 
 def log_probabilities(model: nn.Module, rows: Sequence[TokenRow]) -> list[np.ndarray]:
-    """Log-probabilities at each row's trained positions, float32 (N, V) a row."""
-    model.eval()
-    narrow_head(model)
+    """Log-probabilities at each row's trained positions, float32 (N, V) a row, by a model in evaluation mode."""
     result = []
     for row in rows:
         logits_NxV = trained_logits(model, collate([row]))

@@ -42,7 +42,7 @@ def preload() -> None:
     if _loaded is not None or not is_needed() or choice.lower() == "none":
         return
     if "mlx.core" in sys.modules:
-        warnings.warn("MLX was imported before stages.lora, and keeps its slow reference BLAS", stacklevel=2)
+        warnings.warn("MLX was imported before stages.model, and keeps its slow reference BLAS", stacklevel=2)
         return
     if choice:
         try:

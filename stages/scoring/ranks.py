@@ -1,8 +1,8 @@
 """Ranks: the processes of one data-parallel run, which share out rows and sum what they computed.
 
 The transport is `mx.distributed`'s, whichever the run was launched with (ring, MPI, JACCL, NCCL). A process that nobody
-launched is alone, rank 0 of 1: it gets its own values back, at no cost. On several ranks every method but `deal` is a
-meeting: all ranks must come to it, in the same order.
+launched is alone, rank 0 of 1: it gets its own values back, at no cost. On several ranks every method but `shard` is
+collective: all ranks must call it, in the same order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Ranks:
     def size(self) -> int:
         return self.group.size() if self.group else 1
 
-    def deal(self, lengths: Sequence[int]) -> list[int]:
+    def shard(self, lengths: Sequence[int]) -> list[int]:
         """This rank's share of rows of these lengths, as ascending indices.
 
         Rows go round from the longest to the shortest, there and back, so that the ranks get about as many tokens.
@@ -50,7 +50,7 @@ class Ranks:
         if self.group is None:
             return own_1xK
         # As bytes, for the GPU knows no doubles.
-        all_bytes = _met(mx.distributed.all_gather(mx.array(own_1xK.view(np.uint8)), group=self.group))
+        all_bytes = _awaited(mx.distributed.all_gather(mx.array(own_1xK.view(np.uint8)), group=self.group))
         return np.array(all_bytes).view(np.float64)
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
@@ -66,29 +66,29 @@ class Ranks:
         arrays = dict(sorted(arrays.items()))
         flat = mx.concatenate([array.astype(mx.float32).reshape(-1) for array in arrays.values()])
         mx.eval(flat)
-        total = _met(mx.distributed.all_sum(flat, group=self.group))
+        total = _awaited(mx.distributed.all_sum(flat, group=self.group))
         ends = np.cumsum([array.size for array in arrays.values()]).tolist()
         parts = zip(arrays.items(), mx.split(total, ends[:-1]), strict=True)
         return {name: part.reshape(array.shape).astype(array.dtype) for (name, array), part in parts}
 
-    def arrays_of_first(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    def broadcast_arrays(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Rank 0's values on every rank: on machines that round otherwise, equal steps would drift apart."""
         own = arrays if self.rank == 0 else {name: mx.zeros_like(array) for name, array in arrays.items()}
         return self.sum_arrays(own)
 
-    def bytes_of_first(self, content: bytes) -> bytes:
+    def broadcast_bytes(self, content: bytes) -> bytes:
         """Rank 0's bytes on every rank."""
         if self.group is None:
             return content
         count = int(self.gather([len(content)])[0, 0])
         own = np.frombuffer(content, np.uint8) if self.rank == 0 else np.zeros(count, np.uint8)
-        return np.array(_met(mx.distributed.all_sum(mx.array(own), group=self.group))).tobytes()
+        return np.array(_awaited(mx.distributed.all_sum(mx.array(own), group=self.group))).tobytes()
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until every rank has come here."""
         self.gather([0])
 
-    def agree(self, parts: Mapping[str, Any]) -> None:
+    def check_equal(self, parts: Mapping[str, Any]) -> None:
         """Check that every rank works on the same JSON values, before they work.
 
         Raises:
@@ -109,7 +109,7 @@ ALONE = Ranks()
 
 
 def join() -> Ranks:
-    """Meet the other ranks, if a launcher started this process.
+    """Connect with the other ranks, if a launcher started this process.
 
     Raises:
         ValueError: they cannot be reached.
@@ -136,7 +136,7 @@ def _backend(environment: Mapping[str, str]) -> str | None:
     return "jaccl" if "MLX_IBV_DEVICES" in environment else "nccl"
 
 
-def _met(result: mx.array) -> mx.array:
+def _awaited(result: mx.array) -> mx.array:
     """Wait for what the ranks compute together.
 
     Raises:

@@ -11,8 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from stages.lora.batches import Batch, collate, sorted_batches
-from stages.lora.frozen import FrozenPrefix
-from stages.lora.head import narrow_head
+from stages.lora.frozen import FrozenLayers
 from stages.lora.loss import chunk_scores
 from stages.scoring.ranks import Ranks
 from stages.tokens.row import TokenRow
@@ -64,13 +63,11 @@ def score_batch(model: nn.Module, batch: Batch) -> Score:
 
 
 def score_rows(
-    model: nn.Module, rows: Sequence[TokenRow], *, batch_size: int, prefix: FrozenPrefix | None = None
+    model: nn.Module, rows: Sequence[TokenRow], *, batch_size: int, frozen: FrozenLayers | None = None
 ) -> Iterator[tuple[int, Score]]:
-    """The sums of each row, as (index, score), in no particular order; the model is left in evaluation mode."""
-    model.eval()
-    narrow_head(model, frozen=prefix.layers if prefix else 0)
+    """The sums of each row by a model in evaluation mode, as (index, score), in no particular order."""
     for indices in sorted_batches([len(row.input_ids) for row in rows], batch_size=batch_size):
-        batch = collate([rows[i] for i in indices], prefix)
+        batch = collate([rows[i] for i in indices], frozen)
         losses_N, correct_N = _score_tokens(model, batch)
         for position, index in enumerate(indices):
             mine = batch.rows_N == position

@@ -42,7 +42,7 @@ def fingerprint(ranks: Ranks = ALONE, **parts: Any) -> str:
     """
     machine = {"device": str(mx.default_device()), "blas": Path(blas.loaded() or "").name}
     parts |= code.fingerprint("stages.train") | {"machine": machine}
-    ranks.agree(parts)
+    ranks.check_equal(parts)
     # Sums round differently in another number of parts.
     return digest_of(parts | ({"ranks": ranks.size} if ranks.size > 1 else {}))[:32]
 

@@ -10,78 +10,36 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any, Literal, cast
+from dataclasses import asdict
+from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.optimizers import clip_grad_norm
 from mlx.utils import tree_flatten
 from safetensors.numpy import load, save
 
 from stages.lora import adapter
-from stages.lora import kernels as cpu
 from stages.lora.batches import Batch, collate, sorted_batches, split
-from stages.lora.frozen import FrozenPrefix
-from stages.lora.head import narrow_head
-from stages.lora.loss import Loss, fused_sum_loss, sum_loss, why_not_fused
-from stages.lora.selfcheck import check_batch, disagreement
+from stages.lora.frozen import FrozenLayers
 from stages.model.load import on_cpu
+from stages.params import schema
 from stages.scoring.ranks import ALONE, Ranks
 from stages.scoring.score import NOTHING, score_batch
 from stages.tokens.row import TokenRow
-from stages.training.memory import recompute_activations
-from stages.training.optimizer import (
-    OptimizerName,
-    ScheduleName,
-    flat_state,
-    learning_rate,
-    make_optimizer,
-    restore_state,
-)
-from stages.training.progress import Event, Pace, Progress, Report, Snapshot, Sums, Validation
-from stages.training.step import Step, compiled_step, plain_step, why_not_compiled
+from stages.training.optimizer import flat_state, learning_rate, make_optimizer, restore_state
+from stages.training.progress import Event, Progress, Report, Snapshot, Sums, Timing, Validation
+from stages.training.step import Step
 from stages.training.updates import Updates
 
 CPU_TOKENS = 512
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """All that shapes a run besides model and rows.
-
-    An update sees `grad_accumulation` batches, of `batch_size` rows each or of as many as fit `batch_tokens`.
-    """
-
-    steps: int
-    learning_rate: float
-    seed: int
-    batch_size: int | None = None
-    batch_tokens: int | None = None
-    grad_accumulation: int = 1
-    optimizer: OptimizerName = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    schedule: ScheduleName = "constant"
-    warmup_steps: int = 0
-    final_learning_rate: float = 0.0
-    max_grad_norm: float | None = None
-    grad_checkpoint: bool = False
-    fused_loss: bool = True
-    compile: Literal["auto", "on", "off"] = "auto"
-    steps_per_report: int = 1
-    steps_per_eval: int = 100
-    val_batches: int = -1
-    keep: Literal["best", "last"] = "last"
-    patience: int | None = None
-
-
 class Trainer:
     """One run: a frozen model with a trainable adapter, its rows, its optimizer, its progress.
 
-    `notes` says in one line each what was to make it faster and is not used, and why.
+    `options` is the section `train` of params.yaml, `step` the form of an update's computation (see `choose_step`).
+    Constructing it runs nothing.
 
     On several ranks each holds all rows, and works on its share of every update's and of the validation's. All hold the
     same weights and the same progress after each, and raise the same errors.
@@ -92,65 +50,47 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         train: Sequence[TokenRow],
         valid: Sequence[TokenRow],
-        config: TrainConfig,
+        options: schema.Train,
         *,
-        prefix: FrozenPrefix | None = None,
+        seed: int,
+        step: Step,
+        frozen: FrozenLayers | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         if not train:
             raise ValueError("there are no rows to train on")
-        if mute := [row for row in train if not row.loss_mask[1:].any()]:
-            raise ValueError(f"row {mute[0].id} ({mute[0].source}) has no token to train on")
-        self.model, self.train, self.config = model, train, config
-        self.prefix, self.ranks = prefix, ranks
+        if unlabelled := [row for row in train if not row.loss_mask[1:].any()]:
+            raise ValueError(f"row {unlabelled[0].id} ({unlabelled[0].source}) has no token to train on")
+        self.model, self.train, self.options, self.seed = model, train, options, seed
+        self.step, self.frozen, self.ranks = step, frozen, ranks
         self.progress = Progress()
-        self.notes: list[str] = []
-        self.pace: list[Pace] = []  # of the updates that this process made: the first alone, then each epoch's others
         self._updates = Updates(
             [len(row.input_ids) for row in train],
-            batch_size=config.batch_size,
-            batch_tokens=config.batch_tokens,
-            grad_accumulation=config.grad_accumulation,
-            seed=config.seed,
+            batch_size=options.batch_size,
+            batch_tokens=options.batch_tokens,
+            grad_accumulation=options.grad_accumulation,
+            seed=seed,
         )
-        chosen = validation_rows(valid, config)
+        self.steps = options.iters or self._updates.in_epochs(options.epochs or 0)
+        self.steps_an_epoch = self._updates.in_epochs(1)
+        chosen = validation_rows(valid, options)
         self._validates = bool(chosen)
         self._valid = self._own(chosen)
-        if not self._validates and (config.keep == "best" or config.patience is not None):
+        if not self._validates and (options.keep == "best" or options.patience is not None):
             raise ValueError(
                 "train.keep: best and train.patience need validation rows (train.val_batches, valid split)"
             )
         self._best: dict[str, mx.array] = {}
-        self._optimizer = make_optimizer(config.optimizer, betas=config.betas, weight_decay=config.weight_decay)
-        model.eval()  # what is checked here draws no random numbers
-        narrow_head(model, frozen=prefix.layers if prefix else 0)
-        if config.grad_checkpoint:
-            recompute_activations(model)
-        self._loss = self._choose_loss()
-        self._value_and_grad, self.is_compiled = self._choose_step()
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether the loss is taken in the fused form."""
-        return self._loss is fused_sum_loss
-
-    @property
-    def ways(self) -> dict[str, Any]:
-        """How it computes, by what was found at the start: another way rounds otherwise."""
-        return {
-            "fused": self.is_fused,
-            "compiled": self.is_compiled,
-            "cpu_kernels": cpu.in_use(self.model),
-            "frozen_layers": self.prefix.layers if self.prefix else 0,
-        }
+        beta_1, beta_2 = options.betas
+        self._optimizer = make_optimizer(options.optimizer, betas=(beta_1, beta_2), weight_decay=options.weight_decay)
 
     @property
     def share(self) -> dict[str, int | None]:
         """How much of a batch this rank computes at a time, in rows and in tokens."""
-        sizes = {"batch_size": self.config.batch_size, "batch_tokens": self.config.batch_tokens}
+        sizes = {"batch_size": self.options.batch_size, "batch_tokens": self.options.batch_tokens}
         share = {name: size and math.ceil(size / self.ranks.size) for name, size in sizes.items()}
         if on_cpu():
             # More at a time keeps a processor no busier, and its activations in memory.
@@ -159,7 +99,7 @@ class Trainer:
 
     @property
     def done(self) -> bool:
-        return self.progress.step >= self.config.steps or self.progress.stopped_early
+        return self.progress.step >= self.steps or self.progress.stopped_early
 
     def run(self) -> Iterator[Event]:
         """Go on to the end, an event an update.
@@ -173,15 +113,15 @@ class Trainer:
         if not self.progress.validations and self.progress.step == 0 and self._validates:
             yield Event(0, None, self._validate())
         while not self.done:
-            report = self._update()
+            timing, report = self._update()
             step = self.progress.step
-            due = step % self.config.steps_per_eval == 0 or step == self.config.steps
+            due = step % self.options.steps_per_eval == 0 or step == self.steps
             validation = self._validate() if due and self._validates else None
-            yield Event(step, report, validation)
+            yield Event(step, report, validation, timing)
 
     def finish(self) -> None:
         """Put the weights to keep onto the model."""
-        if self.config.keep == "best" and self._best:
+        if self.options.keep == "best" and self._best:
             self.model.load_weights(list(self._best.items()), strict=False)
 
     def snapshot(self) -> Snapshot:
@@ -202,62 +142,30 @@ class Trainer:
         self._best = parts["best"]
         self.progress = Progress.from_dict(snapshot.progress)
 
-    def meet(self) -> None:
+    def synchronise(self) -> None:
         """Give every rank the state of rank 0, which alone has checkpoints, before they go on."""
         if self.ranks.size > 1:
             own = self.snapshot()
             content = save({name: np.array(array) for name, array in own.arrays.items()})
-            arrays = load(self.ranks.bytes_of_first(content))
-            progress = json.loads(self.ranks.bytes_of_first(json.dumps(own.progress).encode()))
+            arrays = load(self.ranks.broadcast_bytes(content))
+            progress = json.loads(self.ranks.broadcast_bytes(json.dumps(own.progress).encode()))
             self.restore(Snapshot({name: mx.array(array) for name, array in arrays.items()}, progress))
 
-    def _choose_loss(self) -> Loss:
-        """The fused loss if it is wanted and gives what the plain one gives."""
-        if not self.config.fused_loss:
-            return sum_loss
-        batch = check_batch(self.train, self.prefix)
-        in_two_chunks = partial(fused_sum_loss, chunk_rows=-(-batch.trained_tokens // 2))
-        reason = why_not_fused(self.model) or disagreement(
-            self.model,
-            partial(plain_step(self.model, sum_loss), self.model, batch),
-            partial(plain_step(self.model, in_two_chunks), self.model, batch),
-        )
-        if reason is None:
-            return fused_sum_loss
-        self.notes.append(f"train.fused_loss is not used: {reason}")
-        return sum_loss
-
-    def _choose_step(self) -> tuple[Step, bool]:
-        """Loss and gradients, compiled if that is wanted and gives what the plain step gives; and whether they are."""
-        plain, wanted = plain_step(self.model, self._loss), self.config.compile
-        if wanted == "off" or (wanted == "auto" and on_cpu()):
-            return plain, False
-        compiled = compiled_step(self.model, self._loss)
-        reason = why_not_compiled() or disagreement(
-            self.model,
-            partial(plain, self.model, check_batch(self.train, self.prefix)),
-            partial(compiled, self.model, check_batch(self.train, self.prefix, few_shapes=True)),
-        )
-        if reason is None:
-            return compiled, True
-        self.notes.append(f"train.compile is not used: {reason}")
-        return plain, False
-
-    def _update(self) -> Report | None:
+    def _update(self) -> tuple[Timing, Report | None]:
         """One optimizer update over the next rows; a report if one is due."""
         started = time.perf_counter()
-        config, progress = self.config, self.progress
+        options, progress = self.options, self.progress
         step = progress.step + 1
         rows = self._rows(step)
         rate = learning_rate(
             step,
-            peak=config.learning_rate,
-            schedule=config.schedule,
-            warmup_steps=config.warmup_steps,
-            steps=config.steps,
-            final=config.final_learning_rate,
+            peak=options.learning_rate,
+            schedule=options.schedule,
+            warmup_steps=options.warmup_steps,
+            steps=self.steps,
+            final=options.final_learning_rate,
         )
-        mx.random.seed(_dropout_seed(config.seed, step, self.ranks.rank))
+        mx.random.seed(_dropout_seed(self.seed, step, self.ranks.rank))
         self.model.train()
         gradients, done = self._gradients(rows)
         squares = mx.stack([mx.square(gradient).sum() for gradient in gradients.values()])
@@ -269,36 +177,31 @@ class Trainer:
                 f"{what} at step {step} (learning rate {rate:.3g}, rows {ids}); "
                 "lower train.learning_rate, set train.max_grad_norm, or look at these rows"
             )
-        if config.max_grad_norm is not None:
-            gradients, _ = clip_grad_norm(gradients, config.max_grad_norm)
+        if options.max_grad_norm is not None:
+            gradients, _ = clip_grad_norm(gradients, options.max_grad_norm)
         self._optimizer.learning_rate = rate
         weights = self._optimizer.apply_gradients(gradients, adapter.weights(self.model))
-        weights = self.ranks.arrays_of_first(weights)
+        weights = self.ranks.broadcast_arrays(weights)
         self.model.load_weights(list(weights.items()), strict=False)
         mx.eval(weights, self._optimizer.state)
         progress.step = step
         done.grad_norm_sum = norm
-        self._count(self._updates.epoch(step), done.real_tokens, time.perf_counter() - started)
         progress.total.add(done)
         progress.since_report.add(done)
-        return self._report(rate) if step % config.steps_per_report == 0 or step == config.steps else None
-
-    def _count(self, epoch: int, tokens: int, seconds: float) -> None:
-        if len(self.pace) < 2 or self.pace[-1].epoch != epoch:
-            self.pace.append(Pace(epoch))
-        self.pace[-1].tokens += tokens
-        self.pace[-1].seconds += seconds
+        timing = Timing(self._updates.epoch(step), done.real_tokens, time.perf_counter() - started)
+        due = step % options.steps_per_report == 0 or step == self.steps
+        return timing, self._report(rate) if due else None
 
     def _gradients(self, rows: Sequence[TokenRow]) -> tuple[dict[str, mx.array], Sums]:
         """The gradients of the mean loss over the rows' trained tokens, whatever the micro-batches and the ranks."""
         own = self._own(rows)
         parts = split([len(row.input_ids) for row in own], **self.share)
-        batches = [collate(own[part], self.prefix, few_shapes=self.is_compiled) for part in parts]
+        batches = [collate(own[part], self.frozen, few_shapes=self.step.is_compiled) for part in parts]
         tokens = sum(int(np.count_nonzero(row.loss_mask[1:])) for row in rows)
         total: dict[str, mx.array] = {}
         done = Sums(updates=1, rows=len(own))
         for batch in batches:
-            loss_sum, tree = self._value_and_grad(self.model, batch)
+            loss_sum, tree = self.step.value_and_grad(self.model, batch)
             gradients = {name: gradient / tokens for name, gradient in tree_flatten(tree)}
             total = {name: total[name] + gradient for name, gradient in gradients.items()} if total else gradients
             # Evaluated now, so that one micro-batch's activations are in memory at a time.
@@ -313,7 +216,7 @@ class Trainer:
 
     def _own(self, rows: Sequence[TokenRow]) -> list[TokenRow]:
         """This rank's share."""
-        return [rows[i] for i in self.ranks.deal([len(row.input_ids) for row in rows])]
+        return [rows[i] for i in self.ranks.shard([len(row.input_ids) for row in rows])]
 
     def _rows(self, step: int) -> list[TokenRow]:
         """The rows of update number `step`, counted from 1."""
@@ -329,7 +232,7 @@ class Trainer:
     def _valid_batches(self) -> Iterator[Batch]:
         """This rank's rows to validate on, the same each time, by length."""
         for part in sorted_batches([len(row.input_ids) for row in self._valid], **self.share):
-            yield collate([self._valid[i] for i in part], self.prefix)
+            yield collate([self._valid[i] for i in part], self.frozen)
 
     def _validate(self) -> Validation:
         self.model.eval()
@@ -338,9 +241,9 @@ class Trainer:
         validation = Validation(self.progress.step, loss_sum / tokens)
         if not math.isfinite(validation.loss):
             raise ValueError(f"the validation loss is {validation.loss} after step {validation.step}")
-        progress, patience = self.progress, self.config.patience
+        progress, patience = self.progress, self.options.patience
         progress.validations.append(validation)
-        if progress.best is validation and self.config.keep == "best":
+        if progress.best is validation and self.options.keep == "best":
             self._best = adapter.weights(self.model)
         if patience is not None and progress.best is not None:
             worse = sum(v.step > progress.best.step for v in progress.validations)
@@ -354,10 +257,10 @@ def _dropout_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64).item())
 
 
-def validation_rows(rows: Sequence[TokenRow], config: TrainConfig) -> Sequence[TokenRow]:
+def validation_rows(rows: Sequence[TokenRow], options: schema.Train) -> Sequence[TokenRow]:
     """The fixed rows to validate on: as many as `val_batches` hold, from the first, or all."""
-    if config.val_batches < 0:
+    if options.val_batches < 0:
         return rows
     lengths = [len(row.input_ids) for row in rows]
-    parts = split(lengths, batch_size=config.batch_size, batch_tokens=config.batch_tokens)[: config.val_batches]
+    parts = split(lengths, batch_size=options.batch_size, batch_tokens=options.batch_tokens)[: options.val_batches]
     return rows[: parts[-1].stop if parts else 0]

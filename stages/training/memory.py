@@ -1,11 +1,10 @@
-"""Memory: what a run will need, what there is, and recomputing activations instead of keeping them."""
+"""The memory that a run will need, and the memory that there is."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -122,31 +121,6 @@ def available_memory() -> int:
         if size:
             return int(size)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def recompute_activations(model: nn.Module) -> None:
-    """Let each adapted layer forget its activations and compute them again on the way back.
-
-    Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174).
-    """
-    for layer in model.layers[_first_adapted_layer(model) :]:
-        kind = type(layer)
-        if not getattr(kind, "recomputes", False):
-            # A subclass of its own for this very layer: other models with layers of this kind keep theirs.
-            layer.__class__ = type(kind.__name__, (kind,), {"__call__": _recomputing(kind), "recomputes": True})
-
-
-def _recomputing(kind: Any) -> Any:
-    plain = kind.__call__
-
-    def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        def inner(trainable: Any, *args: Any, **kwargs: Any) -> Any:
-            layer.update(trainable)
-            return plain(layer, *args, **kwargs)
-
-        return mx.checkpoint(inner)(layer.trainable_parameters(), *args, **kwargs)
-
-    return call
 
 
 def _first_adapted_layer(model: nn.Module) -> int:

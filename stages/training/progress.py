@@ -1,4 +1,4 @@
-"""What a run has come to so far: sums, reports and validations, as plain values that a checkpoint can hold."""
+"""The progress of a run: sums, reports and validations so far, as plain values that a checkpoint can hold."""
 
 from __future__ import annotations
 
@@ -97,18 +97,19 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """The time that an update took; `tokens` are its rows' own, without padding. Epochs are counted from 0."""
+
+    epoch: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Event:
-    """What happened in one update, or before the first (step 0): a report or a validation may have fallen due."""
+    """An update (`timing`), or step 0 before the first; a report or a validation may have fallen due."""
 
     step: int
     report: Report | None
     validation: Validation | None
-
-
-@dataclass
-class Pace:
-    """How long updates of an epoch took; the tokens are their rows' own, without padding."""
-
-    epoch: int
-    tokens: int = 0
-    seconds: float = 0.0
+    timing: Timing | None = None

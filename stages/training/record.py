@@ -1,4 +1,4 @@
-"""What a run leaves for `dvc metrics` and `dvc plots`."""
+"""The metrics and the curves of a run, for `dvc metrics` and `dvc plots`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def curves(progress: Progress) -> dict[str, str]:
 
 def summary(trainer: Trainer) -> dict[str, Any]:
     """The metrics, rounded. `valid_loss` is that of the weights that were kept."""
-    progress, total, config = trainer.progress, trainer.progress.total, trainer.config
+    progress, total, options = trainer.progress, trainer.progress.total, trainer.options
     figures: dict[str, Any] = {
         "steps": progress.step,
         "epochs": round(total.rows / len(trainer.train), 4),
@@ -30,7 +30,7 @@ def summary(trainer: Trainer) -> dict[str, Any]:
         "grad_norm": round(progress.reports[-1].grad_norm, 4),
     }
     if progress.best:
-        kept = progress.best if config.keep == "best" else progress.validations[-1]
+        kept = progress.best if options.keep == "best" else progress.validations[-1]
         figures |= {
             "valid_loss_before": round(progress.validations[0].loss, 4),
             "valid_loss": round(kept.loss, 4),

@@ -1,9 +1,11 @@
-"""Loss and gradients of a batch, plain or compiled: traced once for each shape, its operations fused."""
+"""The step of an update: loss and gradients of a batch, in the fastest form that gives what the plain one gives."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -12,20 +14,88 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from stages.lora import adapter
 from stages.lora.batches import Batch
-from stages.lora.loss import Loss
+from stages.lora.frozen import FrozenLayers
+from stages.lora.loss import Loss, fused_sum_loss, sum_loss, why_not_fused
+from stages.lora.selfcheck import Check, Results, check_batch, compare, notes_of
 from stages.model.load import on_cpu
+from stages.params import schema
+from stages.tokens.row import TokenRow
 
-Step = Callable[[nn.Module, Batch], tuple[mx.array, Any]]
+# (model, batch) → the sum of the loss over the batch's trained tokens, and the tree of its gradients.
+ValueAndGrad = Callable[[nn.Module, Batch], tuple[mx.array, Any]]
 
 
-def plain_step(model: nn.Module, loss: Loss) -> Step:
-    """(model, batch) → the loss and the tree of its gradients."""
-    step: Step = nn.value_and_grad(model, loss)
+@dataclass(frozen=True)
+class Step:
+    """The chosen form; `notes` are lines for the user about a form that was wanted and is not used."""
+
+    value_and_grad: ValueAndGrad
+    is_fused: bool
+    is_compiled: bool
+    notes: tuple[str, ...] = ()
+
+
+def choose_step(
+    model: nn.Module, rows: Sequence[TokenRow], options: schema.Train, *, frozen: FrozenLayers | None = None
+) -> Step:
+    """The fused loss and the compiled step, if they are wanted and agree with the plain ones on the first rows.
+
+    The model has its adapter on and is in evaluation mode.
+    """
+    checks = []
+    loss: Loss = sum_loss
+    if options.fused_loss:
+        checks.append(_check_fused(model, rows, frozen))
+        loss = fused_sum_loss if checks[-1].passed else sum_loss
+    step, is_compiled = plain_step(model, loss), False
+    if options.compile == "on" or (options.compile == "auto" and not on_cpu()):
+        compiled = compiled_step(model, loss)
+        checks.append(_check_compiled(model, step, compiled, rows, frozen))
+        step, is_compiled = (compiled, True) if checks[-1].passed else (step, False)
+    return Step(step, loss is fused_sum_loss, is_compiled, notes_of(checks))
+
+
+def _check_fused(model: nn.Module, rows: Sequence[TokenRow], frozen: FrozenLayers | None) -> Check:
+    name = "train.fused_loss"
+    if reason := why_not_fused(model):
+        return Check(name, reason)
+    batch = check_batch(rows, frozen)
+    in_two_chunks = partial(fused_sum_loss, chunk_rows=-(-batch.trained_tokens // 2))
+    plain, fused = (partial(_results, plain_step(model, form), model, batch) for form in (sum_loss, in_two_chunks))
+    return compare(model, name, plain, fused)
+
+
+def _check_compiled(
+    model: nn.Module,
+    plain: ValueAndGrad,
+    compiled: ValueAndGrad,
+    rows: Sequence[TokenRow],
+    frozen: FrozenLayers | None,
+) -> Check:
+    name = "train.compile"
+    if reason := why_not_compiled():
+        return Check(name, reason)
+    return compare(
+        model,
+        name,
+        partial(_results, plain, model, check_batch(rows, frozen)),
+        partial(_results, compiled, model, check_batch(rows, frozen, few_shapes=True)),
+    )
+
+
+def _results(step: ValueAndGrad, model: nn.Module, batch: Batch) -> Results:
+    loss, gradient = step(model, batch)
+    return {"loss": loss, "gradient": gradient}
+
+
+def plain_step(model: nn.Module, loss: Loss) -> ValueAndGrad:
+    """The step as it is written."""
+    step: ValueAndGrad = nn.value_and_grad(model, loss)
     return step
 
 
-def compiled_step(model: nn.Module, loss: Loss) -> Step:
-    """The same compiled. Each shape of a batch is traced anew: see `collate`'s `few_shapes`."""
+def compiled_step(model: nn.Module, loss: Loss) -> ValueAndGrad:
+    """The step compiled, its operations fused. Each shape of a batch is traced anew: see `collate`'s `few_shapes`."""
     step = plain_step(model, loss)
 
     def traced(arrays: dict[str, mx.array], layers: int, is_training: bool) -> tuple[mx.array, Any]:
@@ -52,7 +122,7 @@ def compiled_step(model: nn.Module, loss: Loss) -> Step:
 
 
 def why_not_compiled() -> str | None:
-    """What keeps MLX from compiling here, if anything does."""
+    """The reason why MLX cannot compile here, if there is one."""
     if on_cpu() and shutil.which("g++") is None:
         return "on a CPU MLX compiles with g++, and there is none"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,9 @@ import pytest
 
 from stages.evaluate import evaluate
 from stages.fetch import fetch
-from stages.lora import execution as shortcuts
+from stages.lora import code, execution
 from stages.lora import frozen as prefix
+from stages.lora.selfcheck import Check
 from stages.prepare import prepare
 from stages.tokenize import tokenize
 from stages.train import train
@@ -40,15 +42,15 @@ def caches() -> dict[str, int]:
 def computed(monkeypatch: pytest.MonkeyPatch, *overrides: str, stage: Any = train) -> int:
     """How many rows' states a stage computes."""
     count = []
-    plain = prefix.FrozenPrefix._computed
+    plain = prefix.FrozenLayers._computed
 
-    def counted(self: prefix.FrozenPrefix, ids_L: np.ndarray) -> Any:
+    def counted(self: prefix.FrozenLayers, ids_L: np.ndarray) -> Any:
         if self.layers:
             count.append(1)
         return plain(self, ids_L)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prefix.FrozenPrefix, "_computed", counted)
+        patch.setattr(prefix.FrozenLayers, "_computed", counted)
         stage(overrides=["train.epochs=2", "train.iters=null", *overrides])
     return len(count)
 
@@ -90,11 +92,10 @@ def test_whatever_shapes_the_states_makes_another_cache(
     assert computed(monkeypatch, "model.dtype=bfloat16") == everything
     assert computed(monkeypatch, "model.cpu_kernels=false") == everything
     with monkeypatch.context() as patch:
-        patch.setattr(shortcuts.importlib.metadata, "version", lambda name: "another")  # type: ignore[attr-defined]
+        patch.setattr(code, "installed_version", lambda name: "another")
         assert computed(patch) == everything
     with monkeypatch.context() as patch:
-        patch.setattr(shortcuts.files, "sha256", lambda path: "other code")  # type: ignore[attr-defined]
-        patch.setattr("stages.files.outputs.sha256", lambda path, advance=None: "other code")
+        patch.setattr(code, "sha256", lambda path: "other code")
         assert computed(patch) == everything
     other = write_llama(tmp_path / "other", seed=5)
     Path("params.yaml").write_text(small_params(source=str(other)), encoding="utf-8")
@@ -191,9 +192,9 @@ def test_states_of_another_model_make_way(tokens: Path, monkeypatch: pytest.Monk
     (name,) = caches()
     shutil.rmtree(f"artifacts/cache/{name}")
     with monkeypatch.context() as patch:
-        plain = prefix.FrozenPrefix._computed
-        patch.setattr(prefix.FrozenPrefix, "_computed", lambda self, ids_L: 1.5 * plain(self, ids_L))
-        patch.setattr(prefix.FrozenPrefix, "mismatch", lambda self, rows: None)
+        plain = prefix.FrozenLayers._computed
+        patch.setattr(prefix.FrozenLayers, "_computed", lambda self, ids_L: 1.5 * plain(self, ids_L))
+        patch.setattr(execution, "check_frozen", lambda frozen, rows: Check("model.cache_frozen"))
         train()
     assert ADAPTER.read_bytes() != before
     Path(f"artifacts/cache/{name}/verified").unlink()
@@ -206,10 +207,10 @@ def test_a_model_that_cannot_be_cut_is_trained_whole(
 ) -> None:
     train(overrides=["model.cache_frozen=off"])
     loss = json.loads(Path("artifacts/metrics/train.json").read_text(encoding="utf-8"))["valid_loss"]
-    plain = prefix.FrozenPrefix._computed
-    monkeypatch.setattr(prefix.FrozenPrefix, "_computed", lambda self, ids_L: 1.5 * plain(self, ids_L))
+    plain = prefix.FrozenLayers._computed
+    monkeypatch.setattr(prefix.FrozenLayers, "_computed", lambda self, ids_L: 1.5 * plain(self, ids_L))
     train()
-    assert "every layer runs each time: the model says something else" in capsys.readouterr().err
+    assert re.search(r"model\.cache_frozen is not used: \d.*% off in the logits", capsys.readouterr().out)
     assert json.loads(Path("artifacts/metrics/train.json").read_text(encoding="utf-8"))["valid_loss"] == loss
 
 

@@ -14,15 +14,16 @@ from mlx.utils import tree_flatten
 
 from stages.lora import adapter
 from stages.lora.batches import collate
-from stages.lora.frozen import FrozenPrefix
+from stages.lora.execution import check_frozen
+from stages.lora.frozen import FrozenLayers
 from stages.lora.loss import sum_loss
 from stages.lora.state_cache import StateCache
 from stages.model.load import load_base
 from stages.scoring.score import score_rows
 from stages.tokens.row import TokenRow
-from stages.training.loop import TrainConfig, Trainer
 from tests.support import adapters
 from tests.support.adapters import DORA, TARGETS, fill
+from tests.support.runs import make_trainer
 from tests.support.tiny import CONFIGS, write_model
 
 OUTSIDE = {"embed_tokens", "lm_head"}
@@ -45,7 +46,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return request.param, write_model(folder, request.param, num_hidden_layers=4)
 
 
-def loss_and_gradients(model: Any, rows: list[TokenRow], prefix: FrozenPrefix | None) -> tuple[float, Any]:
+def loss_and_gradients(model: Any, rows: list[TokenRow], prefix: FrozenLayers | None) -> tuple[float, Any]:
     loss, gradients = nn.value_and_grad(model, sum_loss)(model, collate(rows, prefix))
     return loss.item(), {name: np.array(gradient) for name, gradient in tree_flatten(gradients)}
 
@@ -56,8 +57,8 @@ def test_loss_and_gradients_are_those_of_the_whole_model(
 ) -> None:
     model, layers = attached(base[1], base[0], kind)
     assert layers == 2
-    prefix = FrozenPrefix(model, layers, StateCache(tmp_path))
-    assert prefix.mismatch(rows) is None
+    prefix = FrozenLayers(model, layers, StateCache(tmp_path))
+    assert check_frozen(prefix, rows).passed
     model.train()
     plain_loss, plain = loss_and_gradients(model, rows[2:7], None)
     for _ in ("computed", "read"):
@@ -75,15 +76,15 @@ def test_a_packed_base_is_cut_too(name: str, rows: list[TokenRow], tmp_path: Pat
     directory = write_model(tmp_path / "base", name, quantize=True, dtype="float16", num_hidden_layers=4)
     dtype = "float32" if name == "mixtral" else "bfloat16"
     model, layers = attached(directory, name, dtype=dtype, dequantize=False)
-    prefix = FrozenPrefix(model, layers, StateCache(tmp_path / "cache"))
-    assert prefix.mismatch(rows) is None
+    prefix = FrozenLayers(model, layers, StateCache(tmp_path / "cache"))
+    assert check_frozen(prefix, rows).passed
     computed = prefix.states(rows).hidden_BxLxD
     assert computed.dtype == getattr(mx, dtype)
     assert mx.array_equal(prefix.states(rows).hidden_BxLxD, computed).item()
 
 
 def test_rows_of_both_kinds_of_positions_are_not_cut(rows: list[TokenRow], tmp_path: Path) -> None:
-    prefix = FrozenPrefix(*attached(write_model(tmp_path, "phi3_v", num_hidden_layers=4), "phi3_v"))
+    prefix = FrozenLayers(*attached(write_model(tmp_path, "phi3_v", num_hidden_layers=4), "phi3_v"))
     assert [len(row.input_ids) - 1 for row in rows[8:10]] == [29, 32]  # the original context has 32
     assert prefix.unfit(rows[:10]) is None
     assert "over 32 tokens" in (prefix.unfit(rows) or "")
@@ -98,16 +99,16 @@ def test_the_frozen_layers_do_not_run_again(model: Any, rows: list[TokenRow], tm
             return super().__call__(*args, **kwargs)
 
     model.layers[0].__class__ = Counted
-    prefix = FrozenPrefix(model, 1, StateCache(tmp_path))
+    prefix = FrozenLayers(model, 1, StateCache(tmp_path))
     collate(rows, prefix)
     assert len(calls) == len(rows)
     sum_loss(model, collate(rows, prefix))
-    FrozenPrefix(model, 1, StateCache(tmp_path)).states(rows)  # another process
+    FrozenLayers(model, 1, StateCache(tmp_path)).states(rows)  # another process
     assert len(calls) == len(rows)
 
 
 def test_a_row_has_the_same_states_in_any_company(model: Any, rows: list[TokenRow]) -> None:
-    prefix = FrozenPrefix(model, 1)
+    prefix = FrozenLayers(model, 1)
     alone = prefix.states(rows[3:4]).hidden_BxLxD[0]
     among = prefix.states(rows).hidden_BxLxD[3]
     assert mx.array_equal(among[: len(alone)], alone).item()
@@ -116,7 +117,7 @@ def test_a_row_has_the_same_states_in_any_company(model: Any, rows: list[TokenRo
 
 def test_scores_are_those_of_the_whole_model(model: Any, rows: list[TokenRow]) -> None:
     plain = dict(score_rows(model, rows, batch_size=4))
-    cut = dict(score_rows(model, rows, batch_size=4, prefix=FrozenPrefix(model, 1)))
+    cut = dict(score_rows(model, rows, batch_size=4, frozen=FrozenLayers(model, 1)))
     assert [cut[i].loss_sum for i in plain] == pytest.approx([plain[i].loss_sum for i in plain], rel=1e-5)
     assert [cut[i].correct for i in plain] == [plain[i].correct for i in plain]
 
@@ -125,13 +126,12 @@ def test_scores_are_those_of_the_whole_model(model: Any, rows: list[TokenRow]) -
 def test_a_run_ends_where_the_plain_one_does(
     tiny_llama: Path, rows: list[TokenRow], tmp_path: Path, grad_checkpoint: bool
 ) -> None:
-    config = TrainConfig(steps=8, batch_size=4, learning_rate=1e-2, seed=0, grad_checkpoint=grad_checkpoint)
     weights = []
     for cut in (False, True):
         model = load_base(tiny_llama, dtype="float32")[0]
         adapter.attach(model, adapters.configure(model, layers=2, dropout=0.2), seed=0)
-        prefix = FrozenPrefix(model, 1, StateCache(tmp_path)) if cut else None
-        trainer = Trainer(model, rows, rows[:3], config, prefix=prefix)
+        prefix = FrozenLayers(model, 1, StateCache(tmp_path)) if cut else None
+        trainer = make_trainer(model, rows, rows[:3], frozen=prefix, iters=8, grad_checkpoint=grad_checkpoint)
         list(trainer.run())
         weights.append({name: np.array(array) for name, array in adapter.weights(model).items()})
     for name, plain in weights[0].items():
@@ -139,10 +139,10 @@ def test_a_run_ends_where_the_plain_one_does(
 
 
 def test_states_of_another_model_are_noticed(model: Any, rows: list[TokenRow], tmp_path: Path) -> None:
-    prefix = FrozenPrefix(model, 1, StateCache(tmp_path))
+    prefix = FrozenLayers(model, 1, StateCache(tmp_path))
     prefix.states(rows)
     model.layers[0].self_attn.o_proj.weight *= 2
-    assert "something else" in (prefix.mismatch(rows) or "")
+    assert "off in the logits" in (check_frozen(prefix, rows).reason or "")
 
 
 def test_a_model_whose_layers_look_further_back_is_noticed(model: Any, rows: list[TokenRow]) -> None:
@@ -158,7 +158,7 @@ def test_a_model_whose_layers_look_further_back_is_noticed(model: Any, rows: lis
             return super().__call__(hidden, *args, **kwargs) + model.pop("kept", mx.zeros(1))
 
     model.layers[0].__class__, model.layers[2].__class__ = WithEmbedding, WithSum
-    assert "something else" in (FrozenPrefix(model, 1).mismatch(rows) or "")
+    assert "off in the logits" in (check_frozen(FrozenLayers(model, 1), rows).reason or "")
 
 
 def test_a_model_whose_layers_hand_on_more_is_trained_whole(model: Any, rows: list[TokenRow]) -> None:
@@ -175,9 +175,8 @@ def test_a_model_whose_layers_hand_on_more_is_trained_whole(model: Any, rows: li
         kind.__call__(self, (given[0], given[1]), *a, **k) if isinstance(given, tuple) else given["no array"]
     )})  # fmt: skip
     adapter.attach(model, adapters.configure(model, layers=1), seed=0)
-    assert "cannot be cut apart" in (FrozenPrefix(model, 2).mismatch(rows) or "")
-    config = TrainConfig(steps=2, batch_size=4, learning_rate=1e-2, seed=0)
-    trainer = Trainer(model, rows, rows[:3], config)
+    assert "cannot be cut apart" in (check_frozen(FrozenLayers(model, 2), rows).reason or "")
+    trainer = make_trainer(model, rows, rows[:3], iters=2)
     assert len(list(trainer.run())) == 3
 
 
@@ -188,11 +187,11 @@ def test_a_model_that_hides_its_layers_is_noticed(model: Any, rows: list[TokenRo
             return [copy.copy(layer) for layer in self.model.layers]
 
     model.__class__ = Copies
-    assert "never called" in (FrozenPrefix(model, 1).mismatch(rows) or "")
+    assert "never called" in (check_frozen(FrozenLayers(model, 1), rows).reason or "")
 
 
 def test_the_model_is_whole_again_after_an_error(model: Any, rows: list[TokenRow]) -> None:
-    before, prefix = list(model.layers), FrozenPrefix(model, 1)
+    before, prefix = list(model.layers), FrozenLayers(model, 1)
     batch = collate(rows, prefix)
     model.layers[2].mlp = None
     with pytest.raises(TypeError):

@@ -17,13 +17,14 @@ from stages.lora import adapter, loss
 from stages.lora.batches import Batch, collate
 from stages.lora.head import head_is_trained, head_logits
 from stages.lora.loss import chunk_scores, fused_sum_loss, sum_loss
-from stages.lora.selfcheck import check_batch, disagreement
+from stages.lora.selfcheck import check_batch, compare
 from stages.model.load import load_base
 from stages.tokens.row import TokenRow
-from stages.training.loop import TrainConfig, Trainer
+from stages.training.loop import Trainer
 from tests.support import adapters
 from tests.support.adapters import adapted, config
 from tests.support.rows import token_row
+from tests.support.runs import make_trainer
 from tests.support.tiny import CONFIGS, write_llama, write_model
 
 Gradients = dict[str, np.ndarray]
@@ -150,8 +151,8 @@ def test_scores_take_the_memory_of_a_chunk(tmp_path: Path, monkeypatch: pytest.M
 
 
 def trainer(model: Any, rows: list[TokenRow], **changes: Any) -> Trainer:
-    options: dict[str, Any] = {"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "seed": 0}
-    return Trainer(model, rows, rows[:4], TrainConfig(**(options | changes)))
+    options: dict[str, Any] = {"iters": 3, "batch_size": 4, "learning_rate": 1e-2, "seed": 0}
+    return make_trainer(model, rows, rows[:4], **(options | changes))
 
 
 def fresh(folder: Path, *, dropout: float = 0.0, **options: Any) -> Any:
@@ -176,9 +177,9 @@ def test_training_with_it_ends_in_the_plain_weights(
     monkeypatch.setattr(loss, "_CHUNK_ROWS", 9)
     dropout = changes.pop("dropout", 0.0)
     found, weights = run(fresh(tiny_llama, dropout=dropout), rows, **changes)
-    assert found.is_fused and found.notes == []
+    assert found.step.is_fused and found.step.notes == ()
     plain, expected = run(fresh(tiny_llama, dropout=dropout), rows, fused_loss=False, **changes)
-    assert not plain.is_fused and plain.notes == []
+    assert not plain.step.is_fused and plain.step.notes == ()
     for name, array in expected.items():
         np.testing.assert_allclose(weights[name], array, atol=2e-4, err_msg=name)
 
@@ -203,8 +204,8 @@ def test_a_head_that_is_trained_keeps_the_plain_loss(
     model = load_base(write_model(tmp_path, name))[0]
     adapter.attach(model, adapters.configure(model, targets=targets), seed=0)
     found = trainer(model, rows)
-    assert not found.is_fused
-    assert found.notes == ["train.fused_loss is not used: the head itself is trained"]
+    assert not found.step.is_fused
+    assert found.step.notes == ("train.fused_loss is not used: the head itself is trained",)
 
 
 def test_an_embedding_that_is_not_the_head_may_be_trained(rows: list[TokenRow], tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_a_head_that_cannot_be_run_by_itself_keeps_the_plain_loss(model: Any, ro
     mixes.freeze()
     adapter.attach(mixes, config(), seed=0)
     found, _ = run(mixes, rows)
-    assert found.notes == ["train.fused_loss is not used: this model's head cannot be run apart from its layers"]
+    assert found.step.notes == ("train.fused_loss is not used: this model's head cannot be run apart from its layers",)
     assert found.progress.step == 3
 
 
@@ -248,25 +249,29 @@ def test_a_fused_loss_that_is_wrong_is_not_used(
 
     monkeypatch.setattr(loss, "_cross_entropy", loss._with_gradient_kept(slightly_off))
     found = trainer(fresh(tiny_llama), rows)
-    assert not found.is_fused
-    assert found.notes == ["train.fused_loss is not used: its gradients differ by 1.00%"]
+    assert not found.step.is_fused
+    assert found.step.notes == ("train.fused_loss is not used: 1.00% off in the gradient",)
 
 
 @pytest.mark.parametrize(
     ("fast", "reason"),
     [
-        (lambda model, batch: sum_loss(model, batch) * 1.01, "its loss is"),
-        (lambda model, batch: sum_loss(model, batch) * float("nan"), "its loss is nan"),
-        (lambda model, batch: mx.stop_gradient(sum_loss(model, batch)), "its gradients differ by 100.00%"),
+        (lambda model, batch: sum_loss(model, batch) * 1.01, "1.00% off in the loss"),
+        (lambda model, batch: sum_loss(model, batch) * float("nan"), "nan% off in the loss"),
+        (lambda model, batch: mx.stop_gradient(sum_loss(model, batch)), "100.00% off in the gradient"),
         (lambda model, batch: model.nothing, "it fails (AttributeError"),
     ],
 )
 def test_a_disagreement_is_one_line(tiny_llama: Path, rows: list[TokenRow], fast: Any, reason: str) -> None:
     model, batch = adapted(tiny_llama), collate(rows[:2])
-    plain, other = (partial(nn.value_and_grad(model, form), model, batch) for form in (sum_loss, fast))
-    found = disagreement(model, plain, other)
-    assert found is not None and found.startswith(reason) and "\n" not in found
-    assert disagreement(model, plain, plain) is None
+
+    def results(form: Any) -> dict[str, Any]:
+        return dict(zip(("loss", "gradient"), nn.value_and_grad(model, form)(model, batch), strict=True))
+
+    plain, other = partial(results, sum_loss), partial(results, fast)
+    found = compare(model, "this", plain, other).note
+    assert found is not None and found.startswith(f"this is not used: {reason}") and "\n" not in found
+    assert compare(model, "this", plain, plain).passed
 
 
 def test_the_check_looks_at_the_last_trained_tokens_of_two_rows() -> None:

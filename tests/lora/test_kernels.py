@@ -19,18 +19,20 @@ from mlx_lm.models.cache import QuantizedKVCache
 
 from stages.evaluate import evaluate
 from stages.fetch import fetch
-from stages.lora import adapter, patches
-from stages.lora import kernels as cpu
+from stages.lora import adapter, kernels, patches
 from stages.lora.batches import collate
+from stages.lora.execution import set_up, use_kernels
 from stages.lora.loss import sum_loss
+from stages.lora.selfcheck import relative_difference
 from stages.model.load import load_base, on_cpu
+from stages.params.loading import load_params
 from stages.prepare import prepare
 from stages.tokenize import tokenize
 from stages.tokens.row import TokenRow
 from stages.train import train
 from stages.training import checkpoint
-from stages.training.memory import recompute_activations
 from tests.support.adapters import attached, configure_named, fill
+from tests.support.imports import ROOT
 from tests.support.tiny import CONFIGS, write_model
 
 pytestmark = pytest.mark.skipif(not on_cpu(), reason="the kernels are for CPUs")
@@ -59,7 +61,7 @@ def assert_same(fast: Function, plain: Function, *inputs: mx.array) -> None:
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (2, 300, 257)])
 @pytest.mark.parametrize(
     ("fast", "plain"),
-    [(cpu.silu, nn.silu), (cpu.gelu_approx, nn.gelu_approx), (cpu.tanh, mx.tanh)],
+    [(kernels.silu, nn.silu), (kernels.gelu_approx, nn.gelu_approx), (kernels.tanh, mx.tanh)],
 )
 def test_activations_are_those_of_mlx(fast: Function, plain: Function, shape: tuple[int, ...]) -> None:
     assert_same(fast, plain, normal(*shape))
@@ -67,27 +69,27 @@ def test_activations_are_those_of_mlx(fast: Function, plain: Function, shape: tu
 
 def test_activations_of_huge_numbers_are_finite() -> None:
     huge = mx.array([-1e30, -200.0, -89.0, 0.0, 89.0, 200.0, 1e30])
-    assert_same(cpu.silu, nn.silu, huge)
-    assert_same(cpu.swiglu, activations.swiglu, huge, huge / 1e30)
+    assert_same(kernels.silu, nn.silu, huge)
+    assert_same(kernels.swiglu, activations.swiglu, huge, huge / 1e30)
 
 
 def test_swiglu_is_that_of_mlx_lm_also_on_the_halves_of_one_array() -> None:
     both = normal(2, 30, 64)
-    assert_same(cpu.swiglu, activations.swiglu, both, normal(2, 30, 64, seed=1))
+    assert_same(kernels.swiglu, activations.swiglu, both, normal(2, 30, 64, seed=1))
     assert_same(
-        lambda x: cpu.swiglu(*mx.split(x, 2, axis=-1)), lambda x: activations.swiglu(*mx.split(x, 2, axis=-1)), both
+        lambda x: kernels.swiglu(*mx.split(x, 2, axis=-1)), lambda x: activations.swiglu(*mx.split(x, 2, axis=-1)), both
     )
 
 
 def test_softmax_is_that_of_mlx() -> None:
     scores = normal(3, 4, 5)
-    assert_same(lambda x: cpu.softmax(x, axis=-1, precise=True), lambda x: mx.softmax(x, axis=-1), scores)
-    assert_same(lambda x: cpu.softmax(x, axis=1), lambda x: mx.softmax(x, axis=1), scores)
+    assert_same(lambda x: kernels.softmax(x, axis=-1, precise=True), lambda x: mx.softmax(x, axis=-1), scores)
+    assert_same(lambda x: kernels.softmax(x, axis=1), lambda x: mx.softmax(x, axis=1), scores)
 
 
 def test_norm_is_that_of_mlx_and_its_weights_can_be_trained() -> None:
     assert_same(
-        lambda x, w: cpu.rms_norm(x, w, 1e-5),
+        lambda x, w: kernels.rms_norm(x, w, 1e-5),
         lambda x, w: mx.fast.rms_norm(x, w, 1e-5),
         normal(2, 9, 16),
         normal(16, seed=1),
@@ -103,7 +105,7 @@ def test_positions_are_those_of_mlx(traditional: bool, dims: int, freqs: mx.arra
     options: dict[str, Any] = {"traditional": traditional, "scale": 0.5, "offset": 3, "freqs": freqs}
     options["base"] = 10_000.0 if freqs is None else None
     x = normal(2, 9, 3, 16).transpose(0, 2, 1, 3)
-    assert_same(lambda x: cpu.rope(x, dims, **options), lambda x: mx.fast.rope(x, dims, **options), x)
+    assert_same(lambda x: kernels.rope(x, dims, **options), lambda x: mx.fast.rope(x, dims, **options), x)
 
 
 MASKS: dict[str, Any] = {
@@ -120,9 +122,9 @@ def test_terms_of_a_mask_keep_their_gradient() -> None:
     def through(attention: Any) -> mx.array:
         return mx.grad(lambda mask: attention(x, x, x, None, scale=0.3, mask=mask).square().sum())(terms)
 
-    assert not cpu._attends(x, x, x, terms, None)
+    assert not kernels._attends(x, x, x, terms, None)
     plain = through(scaled_dot_product_attention)
-    assert mx.any(mx.abs(plain) > 1e-2).item() and mx.array_equal(through(cpu.attention), plain).item()
+    assert mx.any(mx.abs(plain) > 1e-2).item() and mx.array_equal(through(kernels.attention), plain).item()
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -134,9 +136,9 @@ def test_attention_is_that_of_mlx(mask: str, rows: int, seen: int, heads: int, k
     queries = normal(2, rows, heads, 8).transpose(0, 2, 1, 3)
     keys = normal(2, seen, kv_heads, 8, seed=1).transpose(0, 2, 1, 3)
     values = normal(2, seen, kv_heads, 8, seed=2).transpose(0, 2, 1, 3)
-    assert cpu._attends(queries, keys, values, options["mask"], None)
+    assert kernels._attends(queries, keys, values, options["mask"], None)
     assert_same(
-        lambda q, k, v: cpu.attention(q, k, v, None, **options),
+        lambda q, k, v: kernels.attention(q, k, v, None, **options),
         lambda q, k, v: scaled_dot_product_attention(q, k, v, None, **options),
         queries,
         keys,
@@ -146,13 +148,13 @@ def test_attention_is_that_of_mlx(mask: str, rows: int, seen: int, heads: int, k
 
 def test_sinks_and_quantised_caches_are_left_to_mlx() -> None:
     queries, sinks = normal(1, 2, 4, 32), normal(2)
-    ours = cpu.attention(queries, queries, queries, None, 0.5, "causal", sinks)
+    ours = kernels.attention(queries, queries, queries, None, 0.5, "causal", sinks)
     theirs = scaled_dot_product_attention(queries, queries, queries, None, 0.5, "causal", sinks)
     assert mx.array_equal(ours, theirs)
     cache = QuantizedKVCache(group_size=32, bits=8)
     keys, values = cache.update_and_fetch(queries, queries)
     # mlx-lm scales the queries that it is given in place.
-    ours = cpu.attention(queries + 0, keys, values, cache, 0.5, None)
+    ours = kernels.attention(queries + 0, keys, values, cache, 0.5, None)
     assert mx.array_equal(ours, scaled_dot_product_attention(queries + 0, keys, values, cache, 0.5, None))
 
 
@@ -160,12 +162,12 @@ def test_sinks_and_quantised_caches_are_left_to_mlx() -> None:
 def test_other_types_are_left_to_mlx(dtype: mx.Dtype) -> None:
     x = normal(1, 2, 4, 8).astype(dtype)
     pairs = [
-        (cpu.silu(x), nn.silu(x)),
-        (cpu.swiglu(x, x), activations.swiglu(x, x)),
-        (cpu.softmax(x, axis=-1), mx.softmax(x, axis=-1)),
-        (cpu.tanh(x), mx.tanh(x)),
-        (cpu.rms_norm(x, x[0, 0, 0], 1e-5), mx.fast.rms_norm(x, x[0, 0, 0], 1e-5)),
-        (cpu.fast_attention(x, x, x, scale=0.5), mx.fast.scaled_dot_product_attention(x, x, x, scale=0.5)),
+        (kernels.silu(x), nn.silu(x)),
+        (kernels.swiglu(x, x), activations.swiglu(x, x)),
+        (kernels.softmax(x, axis=-1), mx.softmax(x, axis=-1)),
+        (kernels.tanh(x), mx.tanh(x)),
+        (kernels.rms_norm(x, x[0, 0, 0], 1e-5), mx.fast.rms_norm(x, x[0, 0, 0], 1e-5)),
+        (kernels.fast_attention(x, x, x, scale=0.5), mx.fast.scaled_dot_product_attention(x, x, x, scale=0.5)),
     ]
     for ours, theirs in pairs:
         assert ours.dtype == dtype and mx.array_equal(ours, theirs)
@@ -175,30 +177,35 @@ def test_cross_entropy_and_its_gradient_are_those_of_mlx() -> None:
     logits, targets = normal(9, 5000), mx.arange(9) * 500
     logits[3, 1500] = 90.0  # the likeliest
     plain = nn.losses.cross_entropy(logits, targets)
-    losses, gradient = cpu.cross_entropy_with_gradient(logits, targets)
+    losses, gradient = kernels.cross_entropy_with_gradient(logits, targets)
     assert_close(losses, plain)
     assert_close(gradient, mx.grad(lambda x: nn.losses.cross_entropy(x, targets).sum())(logits))
-    losses, correct = cpu.cross_entropy(logits, targets)
+    losses, correct = kernels.cross_entropy(logits, targets)
     assert_close(losses, plain)
     assert correct.tolist() == (mx.argmax(logits, axis=-1) == targets).tolist()
     assert correct[3].item()
 
 
 def test_bytes_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_SHARE", 1000)
+    monkeypatch.setattr(kernels, "_SHARE", 1000)
     x, targets = normal(1, 6, 150, 64), mx.arange(900) % 64
 
     def everything() -> list[mx.array]:
         def attend(x: mx.array) -> mx.array:
-            return cpu.fast_attention(x, x[:, :2], x[:, 2:4], scale=0.2, mask="causal")
+            return kernels.fast_attention(x, x[:, :2], x[:, 2:4], scale=0.2, mask="causal")
 
-        functions: list[Function] = [cpu.silu, cpu.gelu_approx, lambda x: cpu.rms_norm(x, x[0, 0, 0], 1e-5), attend]
+        functions: list[Function] = [
+            kernels.silu,
+            kernels.gelu_approx,
+            lambda x: kernels.rms_norm(x, x[0, 0, 0], 1e-5),
+            attend,
+        ]
         out = [part for f in functions for parts in mx.vjp(f, [x], [x]) for part in parts]
-        return out + list(cpu.cross_entropy_with_gradient(x.reshape(900, 64), targets))
+        return out + list(kernels.cross_entropy_with_gradient(x.reshape(900, 64), targets))
 
     by_threads = []
     for count in (1, 2, 5):
-        monkeypatch.setattr(cpu, "threads", count)
+        monkeypatch.setattr(kernels, "threads", count)
         by_threads.append([np.array(array).tobytes() for array in everything()])
     assert by_threads[0] == by_threads[1] == by_threads[2]
 
@@ -233,24 +240,25 @@ def test_every_architecture_has_the_same_loss_and_gradient(
     name, directory = base
     model = adapted(directory, name, kind)
     plain = loss_and_gradient(model, rows[5:9])
-    assert patches.install(model, rows) is None
+    assert use_kernels(model, rows).passed
     assert any("Attention" in kind for kind in fast_modules(model))
     if recompute:
-        recompute_activations(model)
+        patches.patch_layers(model.layers)
     fast = loss_and_gradient(model, rows[5:9])
     assert not mx.array_equal(fast[1], plain[1])  # or it was not used
-    assert [patches._distance(ours, theirs) for ours, theirs in zip(fast, plain, strict=True)] < [1e-6, 1e-4]
+    off = [relative_difference({"": ours}, {"": theirs}) for ours, theirs in zip(fast, plain, strict=True)]
+    assert off[0] < 1e-6 and off[1] < 1e-4
 
 
 def test_other_models_and_the_model_afterwards_are_as_before(base: tuple[str, Path], rows: list[TokenRow]) -> None:
     name, directory = base
     one, other = (adapted(directory, name) for _ in range(2))
     before = loss_and_gradient(one, rows[5:9])
-    assert patches.install(one, rows) is None
+    assert use_kernels(one, rows).passed
     assert not fast_modules(other)
     for a, b in zip(loss_and_gradient(other, rows[5:9]), before, strict=True):
         assert mx.array_equal(a, b)
-    patches.uninstall(one)
+    patches.unpatch_kernels(one)
     assert not fast_modules(one)
     for a, b in zip(loss_and_gradient(one, rows[5:9]), before, strict=True):
         assert mx.array_equal(a, b)
@@ -264,9 +272,11 @@ def replace_attention(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
 def test_a_model_that_then_says_something_else_is_left_as_it_was(
     model: Any, rows: list[TokenRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace_attention(monkeypatch, lambda q, k, v, cache, scale, mask: cpu.attention(q, k, v, cache, 2 * scale, mask))
-    reason = patches.install(model, rows)
-    assert reason is not None and "differ from MLX by" in reason
+    replace_attention(
+        monkeypatch, lambda q, k, v, cache, scale, mask: kernels.attention(q, k, v, cache, 2 * scale, mask)
+    )
+    reason = use_kernels(model, rows).reason
+    assert reason is not None and " off in the " in reason
     assert not fast_modules(model)
 
 
@@ -275,35 +285,38 @@ def test_a_model_with_another_gradient_is_left_as_it_was(
     model: Any, rows: list[TokenRow], monkeypatch: pytest.MonkeyPatch, wrong: float
 ) -> None:
     def attention(q: mx.array, k: mx.array, v: mx.array, cache: Any, scale: float, mask: Any) -> mx.array:
-        out = cpu.attention(q, k, v, cache, scale, mask)
+        out = kernels.attention(q, k, v, cache, scale, mask)
         return mx.stop_gradient(out * (1 - wrong)) + out * wrong if wrong == wrong else out * wrong
 
     replace_attention(monkeypatch, attention)
     adapter.attach(model, configure_named(model, "llama"), seed=0)
     fill(model)
-    reason = patches.install(model, rows)
-    assert reason is not None and "differ from MLX by" in reason
+    reason = use_kernels(model, rows).reason
+    assert reason is not None and " off in the " in reason
 
 
 def test_a_model_whose_code_does_not_fit_is_left_as_it_was(
     model: Any, rows: list[TokenRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace_attention(monkeypatch, lambda q: q)
-    reason = patches.install(model, rows)
-    assert reason is not None and "do not fit this model's code" in reason
+    reason = use_kernels(model, rows).reason
+    assert reason is not None and "it fails (TypeError" in reason
     assert not fast_modules(model)
 
 
 def test_a_model_in_half_precision_is_left_as_it_is(tiny_llama: Path, rows: list[TokenRow]) -> None:
     model = load_base(tiny_llama, dtype="float16")[0]
-    assert patches.install(model, rows) == "the fast CPU kernels are off: they need model.dtype float32"
+    assert use_kernels(model, rows).note == "model.cpu_kernels is not used: the kernels need model.dtype float32"
     assert not fast_modules(model)
 
 
 def test_dropout_does_not_look_like_a_difference(model: Any, rows: list[TokenRow]) -> None:
     adapter.attach(model, replace(configure_named(model, "llama"), dropout=0.5), seed=0)
     fill(model)
-    assert patches.install(model, rows) is None
+    model.train()
+    options = load_params(ROOT / "params.yaml").model
+    made = set_up(model, rows, adapted=adapter.weights(model), options=options, base="a", cache_gb=1)
+    assert kernels.in_use(model) and not [note for note in made.notes if "not used" in note]
 
 
 def swiglu(x: mx.array, gate: mx.array) -> mx.array:
@@ -317,11 +330,11 @@ class OwnSwiGLU(nn.Module):
 
 
 def test_a_function_of_the_same_name_is_another_function() -> None:
-    assert patches._fast_kind(OwnSwiGLU) is None
+    assert patches.kernel_kind(OwnSwiGLU) is None
 
 
 def test_no_rows_need_no_kernels(model: Any) -> None:
-    assert patches.install(model, []) is None
+    assert use_kernels(model, []).passed
     assert not fast_modules(model)
 
 
@@ -348,11 +361,11 @@ def test_evaluate_uses_them_only_when_told(project: Path, monkeypatch: pytest.Mo
     for stage in (fetch, prepare, tokenize, train):
         stage()
     seen: list[int] = []
-    monkeypatch.setattr(cpu, "install", lambda model, rows, frozen: seen.append(len(rows)))
+    monkeypatch.setattr(patches, "patch_kernels", lambda model: seen.append(1))
     evaluate(overrides=["model.cpu_kernels=false"])
     assert seen == []
     evaluate()
-    assert len(seen) == 1 and seen[0] > 0
+    assert seen == [1]
 
 
 @pytest.mark.parametrize("stage", [train, evaluate])
@@ -361,7 +374,7 @@ def test_the_user_hears_why_they_are_off(project: Path, capsys: pytest.CaptureFi
         earlier()
     capsys.readouterr()
     stage(overrides=["model.dtype=bfloat16"])
-    assert "the fast CPU kernels are off: they need model.dtype float32" in capsys.readouterr().err
+    assert "model.cpu_kernels is not used: the kernels need model.dtype float32" in capsys.readouterr().out
 
 
 def test_a_run_with_them_is_not_taken_up_without_them(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,10 +39,9 @@ from stages.scoring.score import Score, gather_scores
 from stages.tokens.row import TokenRow
 from stages.train import train
 from stages.training import loop, progress
-from stages.training.loop import TrainConfig, Trainer
 from tests.support import faults
 from tests.support.adapters import config
-from tests.support.runs import OPTIONS
+from tests.support.runs import OPTIONS, make_trainer
 
 SECONDS = 90  # after which a process that hangs is killed
 # 36 rows, 5 an update: the eighth of each epoch has one row, fewer than ranks.
@@ -68,7 +67,7 @@ class Apart(Ranks):
 
 @given(lengths=st.lists(st.integers(2, 500), max_size=40), size=st.integers(1, 6))
 def test_every_row_is_dealt_to_one_rank(lengths: list[int], size: int) -> None:
-    hands = [Apart(rank, size).deal(lengths) for rank in range(size)]
+    hands = [Apart(rank, size).shard(lengths) for rank in range(size)]
     assert sorted(index for hand in hands for index in hand) == list(range(len(lengths)))
     assert max(map(len, hands)) - min(map(len, hands)) <= 1
     assert all(hand == sorted(hand) for hand in hands)
@@ -76,7 +75,7 @@ def test_every_row_is_dealt_to_one_rank(lengths: list[int], size: int) -> None:
 
 def test_ranks_get_about_as_many_tokens() -> None:
     lengths = np.random.default_rng(0).integers(10, 500, 64).tolist()
-    shares = [sum(lengths[i] for i in Apart(rank, 4).deal(lengths)) for rank in range(4)]
+    shares = [sum(lengths[i] for i in Apart(rank, 4).shard(lengths)) for rank in range(4)]
     assert max(shares) < 1.02 * min(shares)
 
 
@@ -87,7 +86,7 @@ def test_the_ranks_gradients_sum_up_to_the_whole(tiny_llama: Path, rows: list[To
         model = load_base(tiny_llama)[0]
         adapter.attach(model, config(), seed=0)
         options = OPTIONS | {"batch_size": 6, "grad_accumulation": 2}
-        return Trainer(model, rows, rows, TrainConfig(**options), ranks=ranks)._gradients(rows[:count])
+        return make_trainer(model, rows, rows, **(options), ranks=ranks)._gradients(rows[:count])
 
     whole, done = gradients(ALONE)
     parts = [gradients(Apart(rank, size)) for rank in range(size)]
@@ -102,9 +101,7 @@ def test_the_ranks_gradients_sum_up_to_the_whole(tiny_llama: Path, rows: list[To
 def test_a_rank_has_its_part_of_a_batch_in_memory_at_a_time(tiny_llama: Path, rows: list[TokenRow]) -> None:
     model = load_base(tiny_llama)[0]
     adapter.attach(model, config(), seed=0)
-    trainer = Trainer(
-        model, rows, rows, TrainConfig(**OPTIONS | {"batch_size": 5, "val_batches": -1}), ranks=Apart(1, 2)
-    )
+    trainer = make_trainer(model, rows, rows, **(OPTIONS | {"batch_size": 5, "val_batches": -1}), ranks=Apart(1, 2))
     assert max(batch.inputs_BxL.shape[0] for batch in trainer._valid_batches()) == 3
 
 
@@ -117,8 +114,8 @@ def test_dropout_follows_from_seed_step_and_rank(tiny_llama: Path, rows: list[To
         adapter.attach(model, config(dropout=0.5), seed=0)
         for array in adapter.weights(model).values():
             array[...] = 0.1
-        trainer = Trainer(model, rows, rows, TrainConfig(**OPTIONS | {"steps": 1}), ranks=Apart(rank, 2))
-        trainer.ranks.__dict__["deal"] = lambda lengths: list(range(len(lengths)))  # the same rows for either rank
+        trainer = make_trainer(model, rows, rows, **(OPTIONS | {"iters": 1}), ranks=Apart(rank, 2))
+        trainer.ranks.__dict__["shard"] = lambda lengths: list(range(len(lengths)))  # the same rows for either rank
         for _ in trainer.run():
             pass
         return trainer.progress.total.loss_sum
@@ -130,7 +127,7 @@ def test_every_rank_takes_rank_0s_weights(tiny_llama: Path, rows: list[TokenRow]
     def moved(rank: int) -> bool:
         model = load_base(tiny_llama)[0]
         adapter.attach(model, config(), seed=0)
-        for _ in Trainer(model, rows, rows, TrainConfig(**OPTIONS | {"steps": 1}), ranks=Apart(rank, 2)).run():
+        for _ in make_trainer(model, rows, rows, **(OPTIONS | {"iters": 1}), ranks=Apart(rank, 2)).run():
             pass
         return any(bool(array.any().item()) for array in adapter.weights(model).values())
 
@@ -141,10 +138,10 @@ def test_every_rank_takes_rank_0s_weights(tiny_llama: Path, rows: list[TokenRow]
 def test_alone_everything_comes_back_as_it_was() -> None:
     arrays = {"b": mx.array([1.0, -0.0]), "a": mx.array(2, dtype=mx.bfloat16)}
     assert all(ALONE.sum_arrays(arrays)[name] is array for name, array in arrays.items())
-    assert all(ALONE.arrays_of_first(arrays)[name] is array for name, array in arrays.items())
-    assert ALONE.bytes_of_first(b"x") == b"x"
+    assert all(ALONE.broadcast_arrays(arrays)[name] is array for name, array in arrays.items())
+    assert ALONE.broadcast_bytes(b"x") == b"x"
     assert ALONE.sum([0.1, 2]) == [0.1, 2.0]
-    ALONE.agree({"a": 1})
+    ALONE.check_equal({"a": 1})
     scores = {1: Score(0.1, 1, 2, 3), 0: Score(0.7, 4, 5, 6)}
     assert gather_scores(scores, rows=2, ranks=ALONE) == [scores[0], scores[1]]
 
@@ -158,7 +155,7 @@ def test_ranks_that_would_train_something_else_are_named(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Ranks, "gather", gather)
     with pytest.raises(ValueError) as caught:
-        Apart(0, 3).agree({"params": {"seed": 1}, "tokens": "a"})
+        Apart(0, 3).check_equal({"params": {"seed": 1}, "tokens": "a"})
     one, two = str(caught.value).splitlines()
     assert one.startswith("rank 1 differs from rank 0 in: params; give its machine the same")
     assert two.startswith("rank 2 differs from rank 0 in: params, tokens; ")
@@ -422,7 +419,7 @@ def test_a_rank_that_waits_in_vain_can_be_ended(machines: tuple[Path, Path], sig
         "ranks = distributed.join()\n"
         "with interrupts.stop_requests():\n"
         "    print('waiting', flush=True)\n"
-        "    time.sleep(60) if ranks.rank else ranks.meet()\n"
+        "    time.sleep(60) if ranks.rank else ranks.barrier()\n"
     )
     with ranks(machines, "-c", code) as processes:
         until(processes[0], "waiting")

@@ -8,14 +8,15 @@ from typing import Any
 import mlx.core as mx
 
 from stages.lora import adapter
-from stages.lora.head import narrow_head
+from stages.lora.execution import narrow_head
 from stages.model.load import load_base
+from stages.params import schema
 
 KEYS = ("self_attn.q_proj", "self_attn.v_proj")
 
 
 def config(**changes: Any) -> adapter.LoraConfig:
-    plain: dict[str, Any] = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": KEYS, "layers": 2}
+    plain: dict[str, Any] = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": KEYS, "layers": 2, "type": "lora"}
     return adapter.LoraConfig(**(plain | changes))
 
 
@@ -30,7 +31,7 @@ def configure(model: Any, **changes: Any) -> adapter.LoraConfig:
         "targets": ["q_proj", "v_proj"],
         "layers": 2,
     }
-    return adapter.configure(model, **(plain | changes))
+    return adapter.configure(model, schema.Lora.model_validate(plain | changes))
 
 
 def fill(model: Any) -> None:
@@ -85,5 +86,5 @@ def adapted(folder: Path, targets: list[str] | None = None, **options: Any) -> A
     model = load_base(folder, **options)[0]
     adapter.attach(model, configure(model, targets=targets or ["all-linear"]), seed=0)
     fill(model)
-    assert narrow_head(model)
+    assert narrow_head(model).passed
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from stages.lora.batches import Batch, collate
 from stages.lora.loss import sum_loss
 from stages.model.load import load_base
 from stages.tokens.row import TokenRow
-from stages.training.loop import TrainConfig, Trainer, validation_rows
+from stages.training.loop import Trainer, validation_rows
 from stages.training.progress import Snapshot
 from stages.training.record import summary
 from tests.support.adapters import config, fill
 from tests.support.rows import token_row
-from tests.support.runs import OPTIONS
+from tests.support.runs import OPTIONS, make_trainer, train_options
 
 
 def trainer(
@@ -32,7 +33,7 @@ def trainer(
 ) -> Trainer:
     model = load_base(tiny_llama)[0]
     adapter.attach(model, config(dropout=dropout), seed=0)
-    return Trainer(model, rows, rows[:5] if valid is None else valid, TrainConfig(**(OPTIONS | changes)))
+    return make_trainer(model, rows, rows[:5] if valid is None else valid, **(OPTIONS | changes))
 
 
 def weights(run: Trainer) -> dict[str, np.ndarray]:
@@ -48,7 +49,13 @@ def trained(tiny_llama: Path, rows: list[TokenRow], **changes: Any) -> tuple[Tra
 
 
 def same(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> bool:
+    assert one and one.keys() == two.keys()  # or nothing would be compared
     return all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_same_compares_something() -> None:
+    with pytest.raises(AssertionError):
+        same({}, {})
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_gives_others(tiny_llama: Path, rows: list[TokenRow]) -> None:
@@ -72,7 +79,7 @@ def test_validation_and_report_intervals_change_nothing_else(
 
 
 def test_training_lowers_the_loss(tiny_llama: Path, rows: list[TokenRow]) -> None:
-    run, _ = trained(tiny_llama, rows, steps=40, val_batches=-1)
+    run, _ = trained(tiny_llama, rows, iters=40, val_batches=-1)
     assert run.progress.validations[-1].loss < 0.9 * run.progress.validations[0].loss
 
 
@@ -95,7 +102,7 @@ def test_training_lowers_the_loss(tiny_llama: Path, rows: list[TokenRow]) -> Non
 def test_every_epoch_trains_on_every_row_once(
     tiny_llama: Path, rows: list[TokenRow], size: dict[str, Any], per_epoch: int
 ) -> None:
-    run = trainer(tiny_llama, rows, steps=2 * per_epoch, **size)
+    run = trainer(tiny_llama, rows, iters=2 * per_epoch, **size)
     for epoch in (0, 1):
         seen = [row.id for step in range(per_epoch) for row in run._rows(epoch * per_epoch + step + 1)]
         assert sorted(seen) == sorted(row.id for row in rows)
@@ -108,18 +115,18 @@ def test_every_epoch_trains_on_every_row_once(
 def watched_shapes(run: Trainer) -> list[tuple[int, ...]]:
     """The shape of each batch that gradients are taken of from now on, (rows, tokens)."""
     shapes: list[tuple[int, ...]] = []
-    plain = run._value_and_grad
+    plain = run.step.value_and_grad
 
     def watched(model: Any, batch: Batch) -> Any:
         shapes.append(batch.inputs_BxL.shape)
         return plain(model, batch)
 
-    run._value_and_grad = watched
+    run.step = replace(run.step, value_and_grad=watched)
     return shapes
 
 
 def test_a_budget_of_tokens_bounds_each_micro_batch(tiny_llama: Path, rows: list[TokenRow]) -> None:
-    run = trainer(tiny_llama, rows, steps=6, batch_size=None, batch_tokens=60, grad_accumulation=2)
+    run = trainer(tiny_llama, rows, iters=6, batch_size=None, batch_tokens=60, grad_accumulation=2)
     shapes = watched_shapes(run)
     list(run.run())
     assert len(shapes) == 12
@@ -130,16 +137,16 @@ def test_a_budget_of_tokens_bounds_each_micro_batch(tiny_llama: Path, rows: list
 def test_validation_is_on_as_many_rows_as_its_batches_hold(
     rows: list[TokenRow], size: dict[str, Any], chosen: int
 ) -> None:
-    assert len(validation_rows(rows, TrainConfig(**OPTIONS | size | {"val_batches": 2}))) == chosen
-    assert len(validation_rows(rows, TrainConfig(**OPTIONS | size | {"val_batches": -1}))) == len(rows)
-    assert len(validation_rows(rows, TrainConfig(**OPTIONS | size | {"val_batches": 0}))) == 0
+    assert len(validation_rows(rows, train_options(**(OPTIONS | size | {"val_batches": 2})))) == chosen
+    assert len(validation_rows(rows, train_options(**(OPTIONS | size | {"val_batches": -1})))) == len(rows)
+    assert len(validation_rows(rows, train_options(**(OPTIONS | size | {"val_batches": 0})))) == 0
 
 
 def test_a_processor_takes_few_tokens_at_a_time(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     many = [token_row(i, 5 + 4 * i, trained=1 + 2 * i) for i in range(8)]
     adapter.attach(model, config(), seed=0)
     fill(model)
-    found = Trainer(model, many, [], TrainConfig(**OPTIONS | {"batch_size": 8}))
+    found = make_trainer(model, many, [], **(OPTIONS | {"batch_size": 8}))
     _, whole = found._gradients(many)
     seen = watched_shapes(found)
     monkeypatch.setattr("stages.training.loop.CPU_TOKENS", 40)
@@ -160,16 +167,16 @@ def test_gradients_do_not_depend_on_the_micro_batches(tiny_llama: Path, batch_si
     model = load_base(tiny_llama)[0]
     adapter.attach(model, config(), seed=0)
     fill(model)
-    whole = Trainer(model, rows, [], TrainConfig(**OPTIONS | {"batch_size": 8}))._gradients(rows)
-    parts = Trainer(model, rows, [], TrainConfig(**OPTIONS | {"batch_size": batch_size}))._gradients(rows)
+    whole = make_trainer(model, rows, [], **(OPTIONS | {"batch_size": 8}))._gradients(rows)
+    parts = make_trainer(model, rows, [], **(OPTIONS | {"batch_size": batch_size}))._gradients(rows)
     assert parts[1].loss == pytest.approx(whole[1].loss, rel=1e-5)
     for name, gradient in whole[0].items():
         np.testing.assert_allclose(np.array(parts[0][name]), np.array(gradient), rtol=2e-3, atol=2e-5)
 
 
 def test_an_update_over_two_times_four_rows_equals_one_over_eight(tiny_llama: Path, rows: list[TokenRow]) -> None:
-    eight = trained(tiny_llama, rows, batch_size=8, steps=4)[1]
-    two_fours = trained(tiny_llama, rows, batch_size=4, grad_accumulation=2, steps=4)[1]
+    eight = trained(tiny_llama, rows, batch_size=8, iters=4)[1]
+    two_fours = trained(tiny_llama, rows, batch_size=4, grad_accumulation=2, iters=4)[1]
     for name, array in eight.items():
         np.testing.assert_allclose(two_fours[name], array, atol=2e-4)
 
@@ -186,7 +193,7 @@ def test_a_row_with_nothing_to_learn_is_refused_by_name(tiny_llama: Path, rows: 
 def test_one_update_is_adamw_by_the_book(tiny_llama: Path, rows: list[TokenRow]) -> None:
     """Loshchilov & Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), algorithm 2, first step."""
     before = weights(trainer(tiny_llama, rows))
-    run = trainer(tiny_llama, rows[:4], steps=1, warmup_steps=0, learning_rate=0.1, weight_decay=0.5)
+    run = trainer(tiny_llama, rows[:4], iters=1, warmup_steps=0, learning_rate=0.1, weight_decay=0.5)
     batch = collate(rows[:4])
     _, gradients = nn.value_and_grad(run.model, sum_loss)(run.model, batch)
     list(run.run())
@@ -201,14 +208,14 @@ def test_one_update_is_adamw_by_the_book(tiny_llama: Path, rows: list[TokenRow])
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adafactor", "lion", "muon"])
 def test_every_optimizer_learns_and_resumes(tiny_llama: Path, rows: list[TokenRow], name: str) -> None:
     rate = {"sgd": 3.0, "lion": 3e-3}.get(name, 1e-2)
-    options: dict[str, Any] = {"optimizer": name, "learning_rate": rate, "weight_decay": 0.0, "steps": 20}
+    options: dict[str, Any] = {"optimizer": name, "learning_rate": rate, "weight_decay": 0.0, "iters": 20}
     run, straight = trained(tiny_llama, rows, val_batches=-1, **options)
     assert run.progress.validations[-1].loss < run.progress.validations[0].loss - 0.02
     assert same(straight, interrupted(tiny_llama, rows, after=[9], val_batches=-1, **options)[1])
 
 
 @pytest.mark.parametrize(
-    ("change", "stable"), [({"betas": (0.5, 0.9)}, False), ({"weight_decay": 5.0}, False), ({"patience": 99}, True)]
+    ("change", "stable"), [({"betas": [0.5, 0.9]}, False), ({"weight_decay": 5.0}, False), ({"patience": 99}, True)]
 )
 def test_optimizer_options_reach_it(
     tiny_llama: Path, rows: list[TokenRow], change: dict[str, Any], stable: bool
@@ -217,9 +224,9 @@ def test_optimizer_options_reach_it(
 
 
 def test_gradients_are_clipped_to_their_norm(tiny_llama: Path, rows: list[TokenRow]) -> None:
-    options: dict[str, Any] = {"optimizer": "sgd", "betas": (0.0, 0.0), "weight_decay": 0.0, "warmup_steps": 0}
+    options: dict[str, Any] = {"optimizer": "sgd", "betas": [0.0, 0.0], "weight_decay": 0.0, "warmup_steps": 0}
     before = weights(trainer(tiny_llama, rows))
-    run, after = trained(tiny_llama, rows, steps=1, learning_rate=1.0, max_grad_norm=1e-3, **options)
+    run, after = trained(tiny_llama, rows, iters=1, learning_rate=1.0, max_grad_norm=1e-3, **options)
     moved = math.sqrt(sum(float(np.square(after[name] - before[name]).sum()) for name in before))
     assert moved == pytest.approx(1e-3, rel=1e-2)
     assert run.progress.reports[0].grad_norm > 1e-2  # as it was before clipping
@@ -259,7 +266,7 @@ def test_validation_is_before_the_first_update_at_its_interval_and_after_the_las
 def overfitting(tiny_llama: Path, rows: list[TokenRow], **changes: Any) -> tuple[Trainer, dict[str, np.ndarray]]:
     """A run whose validation loss on other rows falls first and rises then."""
     valid = [token_row(i, 20, trained=10, seed=5) for i in range(4)]
-    options = {"steps": 60, "steps_per_eval": 2, "learning_rate": 0.05, "valid": valid}
+    options = {"iters": 60, "steps_per_eval": 2, "learning_rate": 0.05, "valid": valid}
     return trained(tiny_llama, rows[:4], **(options | changes))
 
 
@@ -268,7 +275,7 @@ def test_keep_best_gives_the_weights_of_the_lowest_validation_loss(tiny_llama: P
     best = run.progress.best
     assert best is not None and best.step < 60
     assert best.loss == min(v.loss for v in run.progress.validations if v.step)
-    assert same(kept, overfitting(tiny_llama, rows, steps=best.step)[1])
+    assert same(kept, overfitting(tiny_llama, rows, iters=best.step)[1])
     assert not same(kept, overfitting(tiny_llama, rows, keep="last")[1])
 
 
@@ -305,14 +312,14 @@ def test_a_loss_that_is_not_finite_stops_with_step_rate_and_rows(tiny_llama: Pat
 def test_a_gradient_that_is_not_finite_stops_before_the_update(tiny_llama: Path, rows: list[TokenRow]) -> None:
     run = trainer(tiny_llama, rows, val_batches=0)
     before = weights(run)
-    plain = run._value_and_grad
+    plain = run.step.value_and_grad
 
     def overflowing(model: Any, batch: Any) -> Any:
         loss, tree = plain(model, batch)
         tree["model"]["layers"][2]["self_attn"]["q_proj"]["lora_b"] *= float("inf")
         return loss, tree
 
-    run._value_and_grad = overflowing
+    run.step = replace(run.step, value_and_grad=overflowing)
     with pytest.raises(ValueError, match=r"the gradient's norm is (nan|inf) at step 1"):
         next(run.run())
     assert same(before, weights(run))

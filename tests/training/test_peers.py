@@ -17,9 +17,10 @@ from stages.lora.batches import collate
 from stages.lora.loss import sum_loss
 from stages.model.load import load_base
 from stages.tokens.row import TokenRow
-from stages.training.loop import TrainConfig, Trainer
+from stages.training.loop import Trainer
 from tests.support.adapters import config
 from tests.support.rows import token_row
+from tests.support.runs import make_trainer
 
 Arrays = dict[str, np.ndarray]
 
@@ -42,8 +43,8 @@ def filled_model(folder: Path) -> Any:
 
 
 def trainer(model: Any, rows: list[TokenRow]) -> Trainer:
-    options: dict[str, Any] = {"steps": STEPS, "batch_size": 4, "learning_rate": RATE, "seed": 0}
-    return Trainer(model, rows, [], TrainConfig(**options, betas=BETAS, weight_decay=DECAY))
+    options: dict[str, Any] = {"iters": STEPS, "batch_size": 4, "learning_rate": RATE, "seed": 0}
+    return make_trainer(model, rows, [], **options, betas=list(BETAS), weight_decay=DECAY)
 
 
 def our_gradients(folder: Path, rows: list[TokenRow]) -> tuple[float, Arrays]:

@@ -73,7 +73,7 @@ def test_a_signal_loses_nothing(folder: Path, expected: dict[str, str], kind: si
 
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from stages.interrupts import stop_requests\n"
+        "import sys, time; from stages.cli.interrupts import stop_requests\n"
         "with stop_requests() as requested:\n"
         "    print('ready', flush=True)\n"
         "    while not requested(): time.sleep(0.01)\n"

@@ -17,11 +17,11 @@ from stages.lora.batches import collate
 from stages.lora.loss import fused_sum_loss, sum_loss
 from stages.model.load import load_base, on_cpu
 from stages.tokens.row import TokenRow
-from stages.training import loop
-from stages.training.loop import TrainConfig, Trainer
+from stages.training.loop import Trainer
 from stages.training.step import compiled_step, plain_step
 from tests.support.adapters import adapted, config
 from tests.support.rows import token_row
+from tests.support.runs import make_trainer
 from tests.support.tiny import write_model
 
 compiles = pytest.mark.skipif(on_cpu() and shutil.which("g++") is None, reason="MLX compiles with g++ on a CPU")
@@ -30,8 +30,8 @@ compiles = pytest.mark.skipif(on_cpu() and shutil.which("g++") is None, reason="
 def trainer(folder: Path, rows: list[TokenRow], *, dropout: float = 0.0, **changes: Any) -> Trainer:
     model = load_base(folder)[0]
     adapter.attach(model, config(dropout=dropout), seed=0)
-    options: dict[str, Any] = {"steps": 6, "batch_size": 2, "grad_accumulation": 2, "learning_rate": 1e-2, "seed": 0}
-    return Trainer(model, rows, rows[:4], TrainConfig(**(options | {"compile": "on"} | changes)))
+    options: dict[str, Any] = {"iters": 6, "batch_size": 2, "grad_accumulation": 2, "learning_rate": 1e-2, "seed": 0}
+    return make_trainer(model, rows, rows[:4], **(options | {"compile": "on"} | changes))
 
 
 def weights(run: Trainer) -> dict[str, np.ndarray]:
@@ -56,9 +56,9 @@ def test_compiled_training_ends_in_the_plain_weights(
     tiny_llama: Path, rows: list[TokenRow], changes: dict[str, Any]
 ) -> None:
     run, found = trained(tiny_llama, rows, **changes)
-    assert run.is_compiled and run.notes == []
+    assert run.step.is_compiled and run.step.notes == ()
     plain, expected = trained(tiny_llama, rows, compile="off", **changes)
-    assert not plain.is_compiled and plain.notes == []
+    assert not plain.step.is_compiled and plain.step.notes == ()
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array, atol=2e-4, err_msg=name)
     # Padding is told as it was.
@@ -71,7 +71,7 @@ def test_compiled_dropout_is_drawn_anew_for_each_micro_batch_as_in_the_plain_ste
     tiny_llama: Path, even_rows: list[TokenRow]
 ) -> None:
     run, found = trained(tiny_llama, even_rows, dropout=0.4)
-    assert run.is_compiled
+    assert run.step.is_compiled
     expected = trained(tiny_llama, even_rows, dropout=0.4, compile="off")[1]
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array, atol=2e-4, err_msg=name)
@@ -158,11 +158,11 @@ def test_auto_compiles_on_a_gpu_and_not_on_a_cpu(
     tiny_llama: Path, rows: list[TokenRow], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for is_cpu in (True, False):
-        monkeypatch.setattr(loop, "on_cpu", lambda is_cpu=is_cpu: is_cpu)
-        monkeypatch.setattr(loop, "why_not_compiled", lambda: None)
+        monkeypatch.setattr("stages.training.step.on_cpu", lambda is_cpu=is_cpu: is_cpu)
+        monkeypatch.setattr("stages.training.step.why_not_compiled", lambda: None)
         run = trainer(tiny_llama, rows, compile="auto")
-        assert run.is_compiled == (not is_cpu)
-        assert run.notes == []
+        assert run.step.is_compiled == (not is_cpu)
+        assert run.step.notes == ()
 
 
 @pytest.mark.skipif(not on_cpu(), reason="a GPU needs no g++")
@@ -171,8 +171,8 @@ def test_without_a_compiler_it_is_off_with_a_note(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     run, found = trained(tiny_llama, rows)
-    assert not run.is_compiled
-    assert run.notes == ["train.compile is not used: on a CPU MLX compiles with g++, and there is none"]
+    assert not run.step.is_compiled
+    assert run.step.notes == ("train.compile is not used: on a CPU MLX compiles with g++, and there is none",)
     expected = trained(tiny_llama, rows, compile="off")[1]
     assert all(np.array_equal(found[name], array) for name, array in expected.items())
 
@@ -184,9 +184,9 @@ def test_a_step_that_cannot_be_traced_is_off_with_a_note(
         losses = fused_sum_loss(model, batch, **options)
         return losses * (1 if float(losses) < 1e9 else 0)
 
-    monkeypatch.setattr(loop, "fused_sum_loss", looks_at_values)
-    monkeypatch.setattr(loop, "why_not_compiled", lambda: None)
+    monkeypatch.setattr("stages.training.step.fused_sum_loss", looks_at_values)
+    monkeypatch.setattr("stages.training.step.why_not_compiled", lambda: None)
     run, _ = trained(tiny_llama, rows)
-    assert not run.is_compiled
-    assert len(run.notes) == 1
-    assert run.notes[0].startswith("train.compile is not used: it fails (")
+    assert not run.step.is_compiled
+    assert len(run.step.notes) == 1
+    assert run.step.notes[0].startswith("train.compile is not used: it fails (")

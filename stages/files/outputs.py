@@ -102,7 +102,7 @@ def _clear_leftovers(target: Path) -> None:
 
 
 def _is_abandoned(path: Path, *, host: str, pid: int) -> bool:
-    """Whether no process works on a draft; another machine's processes cannot be seen, so its drafts get a day."""
+    """True if no process works on a draft; another machine's processes cannot be seen, so its drafts get a day."""
     if host != _host():
         with suppress(FileNotFoundError):
             return time.time() - path.lstat().st_mtime > 24 * 60 * 60

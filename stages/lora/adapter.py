@@ -36,7 +36,7 @@ _IN_LAYER = re.compile(r"^.*?\blayers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What shapes an adapter.
+    """The shape of an adapter.
 
     `keys` are module paths inside a layer (`self_attn.q_proj`) and full names of modules outside (`lm_head`); `layers`
     the last N, or a tuple of indices.
@@ -224,7 +224,7 @@ def _read_modules(path: Path) -> tuple[list[str], list[int]]:
 
 
 def frozen_layers(names: Iterable[str], count: int) -> int:
-    """How many of `count` layers lie below every adapted module; `names` are the adapter's weights or modules.
+    """The number of layers, of `count`, below every adapted module; `names` are the adapter's weights or modules.
 
     The last layer is never among them, adapted or not: what is left to run is a model still.
     """

@@ -35,7 +35,7 @@ class Batch:
 
     @property
     def arrays(self) -> dict[str, mx.array]:
-        """What enters a computation."""
+        """The arrays that enter a computation, by name."""
         arrays = {name: getattr(self, name) for name in ("inputs_BxL", "targets_N", "trained_N", "weights_N")}
         return arrays if self.states is None else arrays | {"hidden_BxLxD": self.states.hidden_BxLxD}
 

@@ -1,4 +1,4 @@
-"""How a model computes: the optional savings, each checked against the plain way before it is used.
+"""The optional savings of a model's computation, each checked against the plain way before it is used.
 
 `set_up` puts the patches on a loaded model in their order (see patches.py), and opens the cache of its frozen layers.
 """

@@ -45,7 +45,7 @@ class _StandIn:
 
 @dataclass(frozen=True)
 class States:
-    """What the lowest `layers` layers put out for a batch, (B, L, D)."""
+    """The output of the lowest `layers` layers for a batch, (B, L, D)."""
 
     layers: int
     hidden_BxLxD: mx.array
@@ -98,7 +98,7 @@ class FrozenLayers:
         return States(self.layers, mx.stack(padded))
 
     def unfit(self, rows: Sequence[TokenRow]) -> str | None:
-        """Why the states of these rows would depend on the batch that they are in, if they would."""
+        """The reason why the states of these rows would depend on the batch that they are in, or None."""
         for module in self.model.modules():
             if isinstance(module, LongRoPE) and any(len(row.input_ids) - 1 > module.original_length for row in rows):
                 return f"rows of over {module.original_length} tokens change the positions of all rows in their batch"
@@ -157,7 +157,7 @@ def embedded(model: nn.Module, layers: int, tokens_BxL: mx.array) -> States | No
 
 
 def _reaching(model: nn.Module, layer: int, tokens_BxL: mx.array) -> mx.array:
-    """What reaches a layer, (B, L, D).
+    """The input of a layer, (B, L, D).
 
     Raises:
         ValueError: the layer is never called, or with something else.

@@ -22,12 +22,12 @@ _BACKBONES = ("model", "transformer", "backbone")
 
 
 def is_narrowed(model: nn.Module) -> bool:
-    """Whether the model's backbone has a detour, which the functions below need."""
+    """True if the model's backbone has a detour, which the functions below need."""
     return hasattr(type(backbone_of(model)), "detour")
 
 
 def hidden_at(model: nn.Module, tokens_BxL: mx.array, positions_N: mx.array) -> mx.array:
-    """What a narrowed model's head would see at flattened positions, (N, D)."""
+    """The hidden states that a narrowed model's head would see at flattened positions, (N, D)."""
     seen: list[mx.array] = []
 
     def keep(run: Callable[[], mx.array]) -> mx.array:
@@ -57,7 +57,7 @@ def logits_at(model: nn.Module, tokens_BxL: mx.array, positions_N: mx.array) -> 
 
 
 def head_is_trained(model: nn.Module) -> bool:
-    """Whether a gradient reaches trainable weights in a narrowed model's head, or in an embedding that is its head."""
+    """True if a gradient reaches trainable weights in a narrowed model's head, or in an embedding that is its head."""
     tokens_1x1 = mx.array([[1]])
     with fed(model, embedded(model, len(model.layers) - 1, tokens_1x1)):  # for its shape, of which one layer tells
         hidden_1xD = mx.ones_like(hidden_at(model, tokens_1x1, mx.array([0])))

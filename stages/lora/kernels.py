@@ -405,7 +405,7 @@ def _masked_softmax(scale: float) -> Callable[[Array, Any], None]:
 
 
 def _attends(queries: mx.array, keys: mx.array, values: mx.array, mask: Any, sinks: Any) -> bool:
-    """Whether `_attention` covers this."""
+    """True if `_attention` covers this case."""
     if sinks is not None or not _suits(queries, keys, values) or queries.shape[1] % keys.shape[1]:
         return False
     if mask is None:
@@ -472,5 +472,5 @@ def cross_entropy(logits_NxV: mx.array, targets_N: mx.array) -> tuple[mx.array, 
 
 
 def in_use(model: nn.Module) -> bool:
-    """Whether a model's code sees these functions in place of MLX's (see patches.py)."""
+    """True if a model's code sees these functions in place of MLX's (see patches.py)."""
     return bool(getattr(model, "has_cpu_kernels", False))

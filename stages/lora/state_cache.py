@@ -63,7 +63,7 @@ class StateCache:
 
     @property
     def verified(self) -> bool:
-        """Whether the model was seen to say the same from states of this folder."""
+        """True if the model was seen to give the same logits from states of this folder."""
         return (self.folder / _VERIFIED).exists()
 
     def mark_verified(self) -> None:
@@ -175,7 +175,7 @@ def _last_used(folder: Path) -> float:
 
 
 def _is_unused(folder: Path) -> bool:
-    """Whether no process has this folder open."""
+    """True if no process has this folder open."""
     try:
         with (folder / _INDEX).open("rb") as index:
             fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)

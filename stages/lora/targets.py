@@ -1,4 +1,4 @@
-"""Which modules an adapter is put on: `lora.targets` and `lora.layers` → module names.
+"""The modules that an adapter is put on: `lora.targets` and `lora.layers` → module names.
 
 A key is a module's path inside a layer (`self_attn.q_proj`) or, outside the layers, its full name (`lm_head`), as
 mlx-lm has them in `adapter_config.json`.

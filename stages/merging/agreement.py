@@ -1,4 +1,4 @@
-"""How far two models' next-token distributions lie apart on the same tokens."""
+"""The distance of two models' next-token distributions on the same tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.tokens.row import TokenRow
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two models' next-token distributions lie apart over some tokens."""
+    """The distance of two models' next-token distributions over some tokens."""
 
     mean_divergence: float  # mean KL(adapter ‖ merged), nats a token
     max_divergence: float

@@ -53,7 +53,7 @@ def _unpacked(base: nn.Module) -> tuple[mx.array, dict[str, Any] | None]:
 
 
 def _update(module: nn.Module) -> mx.array:
-    """What the adapter adds to the weight, in the weight's own layout."""
+    """The matrix that the adapter adds to the weight, in the weight's own layout."""
     a, b = module.lora_a.astype(mx.float32), module.lora_b.astype(mx.float32)
     if isinstance(module, LoRASwitchLinear):
         return module.scale * (b @ a)  # (experts, out, rank) @ (experts, rank, in)

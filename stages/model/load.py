@@ -17,7 +17,7 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 def on_cpu() -> bool:
-    """Whether MLX computes on the CPU here."""
+    """True where MLX computes on the CPU."""
     return mx.default_device().type == mx.DeviceType.cpu
 
 
@@ -66,7 +66,7 @@ def _open(directory: Path, *, trust_remote_code: bool) -> tuple[nn.Module, dict[
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether the model is a mixture of experts."""
+    """True for a mixture of experts."""
     return any(isinstance(module, SWITCH) for module in model.modules())
 
 

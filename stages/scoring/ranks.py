@@ -125,7 +125,7 @@ def join() -> Ranks:
 
 
 def _backend(environment: Mapping[str, str]) -> str | None:
-    """What `mlx.launch` or Open MPI's `mpirun` started this process for, as they tell it; None without others."""
+    """The backend that `mlx.launch` or Open MPI's `mpirun` started this process for; None without other processes."""
     if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return "mpi"
     if "MLX_RANK" not in environment:

@@ -1,4 +1,4 @@
-"""How well a model predicts rows: loss, perplexity, bits per byte, token accuracy."""
+"""Scores of a model on rows: loss, perplexity, bits per byte, token accuracy."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Trainer:
 
     @property
     def share(self) -> dict[str, int | None]:
-        """How much of a batch this rank computes at a time, in rows and in tokens."""
+        """The largest part of a batch that this rank computes at a time: `batch_size` rows, `batch_tokens` tokens."""
         sizes = {"batch_size": self.options.batch_size, "batch_tokens": self.options.batch_tokens}
         share = {name: size and math.ceil(size / self.ranks.size) for name, size in sizes.items()}
         if on_cpu():

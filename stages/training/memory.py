@@ -45,7 +45,7 @@ def estimate(
     fused_loss: bool,
     moments: int = 2,
 ) -> Estimate:
-    """What a run needs, for a model with its adapter attached.
+    """Estimate what a run needs, for a model with its adapter attached.
 
     Activations: each linear module's input and output in the layers that gradients pass through, and the attention
     scores; with `grad_checkpoint`, one layer's worth and each layer's input. Head: logits and their gradient in
@@ -86,7 +86,7 @@ def estimate(
 
 
 def advice(needed: Estimate, *, batch_size: int | None, batch_tokens: int | None, grad_checkpoint: bool) -> str | None:
-    """What would make a run fit that seems not to; None if it fits.
+    """A line on how to make a run fit that seems not to; None if it fits.
 
     Raises:
         ValueError: not even the weights fit.

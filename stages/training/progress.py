@@ -13,7 +13,7 @@ from stages.scoring.ranks import Ranks
 
 @dataclass
 class Sums:
-    """What some updates amount to."""
+    """Sums over some updates."""
 
     updates: int = 0
     rows: int = 0
@@ -61,7 +61,7 @@ class Validation:
 
 @dataclass
 class Progress:
-    """Where a run stands; plain values, for a checkpoint."""
+    """The state of a run but for its arrays: plain values, for a checkpoint."""
 
     step: int = 0
     stopped_early: bool = False

@@ -1,4 +1,4 @@
-"""Which rows make up which update.
+"""The rows of each update.
 
 The order is a pure function of (lengths, batch size or budget, seed, epoch): nothing that happens in training
 disturbs it.
@@ -55,7 +55,7 @@ def _rows_a_batch(lengths: Sequence[int], *, batch_size: int | None, batch_token
 
 
 class Updates:
-    """Which rows make up update number n, for any n: epoch after epoch."""
+    """The rows of update number n, for any n: epoch after epoch."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Updates:
         self._latest: tuple[int, list[np.ndarray]] = (-1, [])
 
     def in_epochs(self, epochs: int) -> int:
-        """How many updates the first epochs have."""
+        """The number of updates in the first `epochs` epochs."""
         while len(self._ends) < epochs:
             self._ends.append((self._ends or [0])[-1] + len(self._epoch(len(self._ends))))
         return self._ends[epochs - 1] if epochs else 0

@@ -23,7 +23,7 @@ def fetch(
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:
-    """Read `model` of yaml, bring that base model to this machine, write its manifest.
+    """Read `model` of params.yaml, bring that base model to this machine, write its manifest.
 
     The weights go to the per-machine store (or stay in the Hugging Face cache, or where your directory is); the
     manifest holds source, revision and every file's sha256. What is there already is checked, not fetched again.

@@ -8,8 +8,6 @@ import pydantic
 from pydantic import Field
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -96,7 +94,10 @@ class Lora(Section):
     rank_stabilized: bool
     dropout: Fraction
     targets: Annotated[list[str], Field(min_length=1)]
-    layers: Annotated[int | str | list[int], pydantic.PlainValidator(_check_layers)]
+    layers: Annotated[
+        int | str | list[int],
+        pydantic.PlainValidator(_check_layers, json_schema_input_type=Positive | Literal["all"] | list[int]),
+    ]
 
     @pydantic.model_validator(mode="after")
     def is_scaled_one_way(self) -> Lora:

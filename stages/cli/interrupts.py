@@ -24,7 +24,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], tuple[str, int] | None]]:
-    """Yields a function that tells why to stop, and the exit status for it, or None."""
+    """Catch requests to stop; yields a function that returns the reason and the exit status, or None."""
     received: list[signal.Signals] = []
     parent = os.getppid()
 
@@ -63,7 +63,10 @@ def stop_requests() -> Iterator[Callable[[], tuple[str, int] | None]]:
 
 
 def _end_if_stuck(heard: int) -> None:
-    """End the process if a signal's number is read, and then another's, or in a launched process nothing for long."""
+    """End the process after a second signal, in a launched process also if it has not ended long after the first.
+
+    `heard` is the file descriptor from which the signals' numbers are read.
+    """
     first = os.read(heard, 1)
     seconds = LEAVE_SECONDS if "MLX_RANK" in os.environ else None
     # The other end is closed, and so can be read, when the work came to its end.

@@ -1,4 +1,4 @@
-"""Options of small training runs."""
+"""Options of a small training run."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ lint: $(VENV)/.dev ## Lint and check types
 	@ruff check .
 	@mypy
 
-format: $(VENV)/.dev ## Format the code and mend what lint can mend
+format: $(VENV)/.dev ## Format the code and correct what lint can correct
 	@ruff format .
 	@ruff check --fix .
 

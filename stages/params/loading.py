@@ -20,7 +20,7 @@ PARAMS_FILE = Path("params.yaml")
 
 
 class ParamsError(ValueError):
-    """Names everything that is wrong with the parameters, one line each."""
+    """An error that names everything wrong with the parameters, one line each."""
 
 
 def load_params(path: Path = PARAMS_FILE, overrides: Sequence[str] = ()) -> Params:

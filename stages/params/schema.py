@@ -12,7 +12,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Section(pydantic.BaseModel):
-    """No unknown keys, no string where a number belongs, no NaN; values are fixed once read."""
+    """A section: no unknown keys, no string where a number belongs, no NaN; values are fixed once read."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 

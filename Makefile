@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fault-test bench bench-sweep lint format constraints doctor clean
+.PHONY: help setup demo test fault-test bench bench-sweep lint format docs constraints doctor clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,9 +37,12 @@ lint: $(VENV)/.dev ## Lint and check types
 	@ruff check .
 	@mypy
 
-format: $(VENV)/.dev ## Format the code and mend what lint can mend
+format: $(VENV)/.dev ## Format the code and correct what lint can correct
 	@ruff format .
 	@ruff check --fix .
+
+docs: $(VENV)/.dev ## Write docs/parameters.md anew from params.yaml and its schema
+	@python -m docs.make_parameters
 
 constraints: $(VENV)/.dev ## Choose the newest versions anew (then run the tests, and commit both)
 	@python -m pip install --quiet uv

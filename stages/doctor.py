@@ -1,4 +1,4 @@
-"""What this machine has, and what it lacks: `python -m stages doctor`."""
+"""A look at the machine: MLX, BLAS, compiler, memory, disk, DVC, git: `python -m stages doctor`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _findings() -> Iterator[tuple[str, str]]:
 
 
 def _gflops(size: int = 1024, repeats: int = 5) -> float:
-    """Speed of a square float32 product, the best of some."""
+    """Measure the speed of a square matrix product in float32: the best of some repeats."""
     import mlx.core as mx
 
     a, b = mx.random.normal((size, size)), mx.random.normal((size, size))

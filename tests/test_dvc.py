@@ -1,4 +1,4 @@
-"""The DAG under DVC, on a tiny model: what reruns, what does not, what the README says of it."""
+"""The DAG under DVC, on a tiny model: what reruns, what does not, what the documentation says of it."""
 
 from __future__ import annotations
 
@@ -29,28 +29,26 @@ def downstream(first: set[str]) -> set[str]:
     return ran
 
 
-def parameters(stage: str) -> set[str]:
-    """The keys of params.yaml that a stage depends on; the other entry is versions.yaml's."""
-    return {key for key in STAGES[stage]["params"] if isinstance(key, str)}
-
-
 def reruns(parameter: str) -> set[str]:
     sections = {parameter, parameter.split(".")[0]}
-    return downstream(
-        {name for name, stage in STAGES.items() if sections & {key for key in stage["params"] if isinstance(key, str)}}
-    )
+    return downstream({name for name, stage in STAGES.items() if sections & parameters(stage)})
 
 
-def test_the_readme_tells_what_a_parameter_reruns() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def parameters(stage: Any) -> set[str]:
+    """The keys and sections of params.yaml that a stage tracks."""
+    return {entry for entry in stage["params"] if isinstance(entry, str)}
+
+
+def test_the_documentation_tells_what_a_parameter_reruns() -> None:
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
     text = text.split("| parameter | stages that run |")[1].split("\n\n")[0]
     table = re.findall(r"^\| (`[^|]+`) \| ([a-z, ]+) \|$", text, flags=re.MULTILINE)
     assert len(table) >= 8
-    for parameters, stages in table:
-        for parameter in re.findall(r"`([^`]+)`", parameters):
+    for cell, stages in table:
+        for parameter in re.findall(r"`([^`]+)`", cell):
             assert reruns(parameter) == set(stages.split(", ")), parameter
-    documented = {p for parameters, _ in table for p in re.findall(r"`([^`]+)`", parameters)}
-    tracked = {key for stage in STAGES.values() for key in stage["params"] if isinstance(key, str)}
+    documented = {p for cell, _ in table for p in re.findall(r"`([^`]+)`", cell)}
+    tracked = {key for stage in STAGES.values() for key in parameters(stage)}
     assert tracked <= documented | {p.split(".")[0] for p in documented}
 
 

@@ -1,1 +1,1 @@
-"""What every command shares: the terminal, errors as one line, requests to stop. Nothing here shapes an output."""
+"""Shared by all commands: the terminal, errors as one line, requests to stop. Nothing here shapes an output."""

@@ -1,4 +1,4 @@
-"""What the user sees: progress, tables, warnings, and errors as one line and an exit status."""
+"""Output for the user: progress, tables, warnings, and errors as one line and an exit status."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ Overrides = Annotated[
 ]
 DEFAULT_PARAMS = PARAMS_FILE
 
-RANK_0_SECONDS = 2  # how long another rank leaves it to rank 0 to tell an error
+RANK_0_SECONDS = 2  # for which another rank waits, so that rank 0 prints the error
 _rank = 0
 
 
 def follow(rank: int) -> None:
-    """Leave the talking to rank 0, but for errors of this rank alone."""
+    """Print nothing from now on unless `rank` is 0; an error of this rank alone is still printed."""
     global _rank
     _rank = rank
     out.quiet = err.quiet = rank > 0
@@ -104,13 +104,13 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> N
 
 
 def warn(text: str) -> None:
-    """One line that the user should not miss."""
+    """Print a warning of one line."""
     err.print(f"[bold yellow]warning:[/] {_escape(text)}", soft_wrap=True)
 
 
 @contextmanager
 def progress(description: str, total: float | None = None, *, unit: str | None = None) -> Iterator[Callable[..., None]]:
-    """A progress bar on a terminal, nothing elsewhere; with a `unit`, its speed too.
+    """Show a progress bar on a terminal, nothing elsewhere; with a `unit`, its speed too.
 
     Yields the function that moves it, `advance(amount=1, to=None, status="")`.
     """
@@ -133,7 +133,7 @@ def progress(description: str, total: float | None = None, *, unit: str | None =
 
 
 class _Speed(ProgressColumn):
-    """`1,234 rows/s`"""
+    """A progress bar's column for the speed: `1,234 rows/s`."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -144,12 +144,12 @@ class _Speed(ProgressColumn):
 
 
 def say(text: str) -> None:
-    """One line to the user."""
+    """Print one line."""
     out.print(_escape(text), soft_wrap=True)
 
 
 def table(title: str, header: Iterable[str], rows: Iterable[Iterable[Any]], *, numeric: bool = True) -> None:
-    """A table: the first column names, the others hold figures, or text to read."""
+    """Print a table: the first column holds names, the others figures, or text if not `numeric`."""
     grid = Table()
     for index, name in enumerate(header):
         grid.add_column(name, justify="right" if numeric and index else "left", overflow="fold", no_wrap=index == 0)
@@ -161,7 +161,7 @@ def table(title: str, header: Iterable[str], rows: Iterable[Iterable[Any]], *, n
 
 
 def figure(value: Any) -> str:
-    """A table cell: whole numbers with thousands separated, others with four decimals, text as it is."""
+    """Format a table cell: whole numbers with thousands separated, others with four decimals, text as it is."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return _escape(str(value))
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"

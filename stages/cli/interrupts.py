@@ -24,7 +24,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], tuple[str, int] | None]]:
-    """Yields a function that tells why to stop, and the exit status for it, or None."""
+    """Catch requests to stop; yields a function that returns the reason and the exit status, or None."""
     received: list[signal.Signals] = []
     parent = os.getppid()
 
@@ -46,26 +46,29 @@ def stop_requests() -> Iterator[Callable[[], tuple[str, int] | None]]:
     for each in _SIGNALS:
         if before[each] != signal.SIG_IGN:
             signal.signal(each, note)
-    heard, tell = os.pipe()
-    os.set_blocking(tell, False)
-    told_before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
-    watch = threading.Thread(target=_end_if_stuck, args=(heard,), daemon=True)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    previous = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    watch = threading.Thread(target=_end_if_stuck, args=(read_end,), daemon=True)
     watch.start()
     try:
         yield requested
     finally:
-        signal.set_wakeup_fd(told_before)
-        os.close(tell)
+        signal.set_wakeup_fd(previous)
+        os.close(write_end)
         watch.join()
-        os.close(heard)
+        os.close(read_end)
         for each in _SIGNALS:
             signal.signal(each, before[each])
 
 
-def _end_if_stuck(heard: int) -> None:
-    """End the process if a signal's number is read, and then another's, or in a launched process nothing for long."""
-    first = os.read(heard, 1)
+def _end_if_stuck(read_end: int) -> None:
+    """End the process after a second signal, in a launched process also if it has not ended long after the first.
+
+    `read_end` is the file descriptor from which the signals' numbers are read.
+    """
+    first = os.read(read_end, 1)
     seconds = LEAVE_SECONDS if "MLX_RANK" in os.environ else None
     # The other end is closed, and so can be read, when the work came to its end.
-    if first and (not select.select([heard], [], [], seconds)[0] or os.read(heard, 1)):
+    if first and (not select.select([read_end], [], [], seconds)[0] or os.read(read_end, 1)):
         os._exit(128 + first[0])

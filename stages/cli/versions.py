@@ -11,7 +11,10 @@ VERSIONS_FILE = Path("versions.yaml")
 
 
 def differing_versions(path: Path = VERSIONS_FILE) -> dict[str, tuple[str, str]]:
-    """Library → (installed, named in the file), for those that are installed and differ; nothing without the file."""
+    """Compare installed versions with the file's: library → (installed, in the file) for those that differ.
+
+    Empty if there is no such file.
+    """
     if not path.exists():
         return {}
     differing = {}
@@ -26,7 +29,7 @@ def differing_versions(path: Path = VERSIONS_FILE) -> dict[str, tuple[str, str]]
 
 
 def describe_difference(path: Path = VERSIONS_FILE) -> str | None:
-    """One line on what differs, and what to do; None if nothing does."""
+    """Say in one line which versions differ, and what to do; None if none does."""
     differing = differing_versions(path)
     if not differing:
         return None

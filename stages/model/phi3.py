@@ -17,7 +17,7 @@ _VISION_KEYS = ("auto_map", "embd_layer", "img_processor")
 
 
 class LanguageModel(phi3.Model):
-    """Phi-3 that passes over the weights of a vision tower."""
+    """Phi-3 that skips the weights of a vision tower."""
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         return {name: array for name, array in weights.items() if not name.startswith(_VISION_WEIGHTS)}
@@ -29,7 +29,7 @@ def language_model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], typ
 
 
 def as_language_model(config: dict[str, Any]) -> dict[str, Any]:
-    """A Phi-3-Vision config → the config of its language model alone, a plain Phi-3."""
+    """Turn a Phi-3-Vision config into that of its language model alone, a plain Phi-3."""
     plain = {key: value for key, value in config.items() if key not in _VISION_KEYS}
     plain |= {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
     if (scaling := plain.get("rope_scaling")) and scaling.get("type") == "su":
@@ -40,8 +40,8 @@ def as_language_model(config: dict[str, Any]) -> dict[str, Any]:
 class LongRoPE(nn.Module):
     """Rotary positions with the short factors up to the original context's length, and the long ones beyond.
 
-    mlx-lm's `SuScaledRoPE`, which this wraps, has the long factors at any length: other positions than the model was
-    trained with, for every row within the original context.
+    It wraps mlx-lm's `SuScaledRoPE`, which uses the long factors at any length. For a row within the original context
+    these are other positions than those that the model was trained with.
     """
 
     def __init__(self, long: SuScaledRoPE, *, base: float, short_factor: list[float]) -> None:

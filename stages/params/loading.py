@@ -1,4 +1,4 @@
-"""params.yaml, read and checked: one file of numbers for every stage.
+"""Read params.yaml and check it against the schema.
 
 `load_params(path, overrides)` reads the file (YAML 1.2, so `5e-05` is a number), lays the `--set key=value`
 overrides over it and checks everything at once. A mistake is reported with its dotted path and its line.
@@ -20,7 +20,7 @@ PARAMS_FILE = Path("params.yaml")
 
 
 class ParamsError(ValueError):
-    """Everything that is wrong with the parameters, one line each."""
+    """An error that names everything wrong with the parameters, one line each."""
 
 
 def load_params(path: Path = PARAMS_FILE, overrides: Sequence[str] = ()) -> Params:
@@ -55,7 +55,7 @@ def _read(path: Path) -> Any:
 
 
 def _override(tree: Any, text: str) -> str:
-    """Lay one `section.key=value` over the tree; return its dotted path."""
+    """Put one `section.key=value` into the tree; return its dotted path."""
     dotted, equals, value = text.partition("=")
     *sections, key = dotted.strip().split(".")
     if not equals or not key:
@@ -85,7 +85,7 @@ def _plain(node: Any) -> Any:
 
 
 def _describe(problem: Any, tree: Any, path: Path, overridden: dict[str, str]) -> str:
-    """One pydantic error as `file:line: dotted.path: what`, or `--set dotted.path=value: what`."""
+    """Write one pydantic error as `file:line: dotted.path: what`, or `--set dotted.path=value: what`."""
     location = [str(part) for part in problem["loc"]]
     dotted = ".".join(location)
     where = f"{path}:{_line(tree, location)}: {dotted}"

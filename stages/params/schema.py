@@ -8,13 +8,11 @@ import pydantic
 from pydantic import Field
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
 Positive = Annotated[int, Field(ge=1)]
 
 
 class Section(pydantic.BaseModel):
-    """No unknown keys, no string where a number belongs, no NaN; values are fixed once read."""
+    """A section: no unknown keys, no string where a number belongs, no NaN; values are fixed once read."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -46,7 +44,7 @@ class Prepare(Section):
     on_bad_row: Literal["error", "skip"]
 
     @pydantic.model_validator(mode="after")
-    def leaves_rows_to_train_on(self) -> Prepare:
+    def check_split_sizes(self) -> Prepare:
         for name in ("valid", "test"):
             if (getattr(self, f"{name}_fraction") is None) == (getattr(self, f"{name}_rows") is None):
                 raise ValueError(_one_of(f"prepare.{name}_fraction", f"prepare.{name}_rows"))
@@ -66,14 +64,14 @@ class Tokenize(Section):
     on_bad_row: Literal["error", "skip"]
 
     @pydantic.model_validator(mode="after")
-    def windows_advance(self) -> Tokenize:
+    def check_overlap(self) -> Tokenize:
         if self.over_length == "split" and self.overlap > self.max_length // 2:
             raise ValueError(f"overlap ({self.overlap}) must not exceed half of max_length ({self.max_length})")
         return self
 
 
 def _check_layers(value: Any) -> int | str | list[int]:
-    """The last N, all, or a list: checked by hand, for a union's errors are one for each of its members."""
+    """Check `lora.layers`: the last N, all, or a list. (Of a union, pydantic reports an error for each member.)"""
     if value == "all" or (type(value) is int and value >= 1):
         return value
     if (
@@ -96,10 +94,13 @@ class Lora(Section):
     rank_stabilized: bool
     dropout: Fraction
     targets: Annotated[list[str], Field(min_length=1)]
-    layers: Annotated[int | str | list[int], pydantic.PlainValidator(_check_layers)]
+    layers: Annotated[
+        int | str | list[int],
+        pydantic.PlainValidator(_check_layers, json_schema_input_type=Positive | Literal["all"] | list[int]),
+    ]
 
     @pydantic.model_validator(mode="after")
-    def is_scaled_one_way(self) -> Lora:
+    def check_scaling(self) -> Lora:
         if (self.alpha is None) == (self.scale is None):
             raise ValueError(_one_of("lora.alpha", "lora.scale"))
         if self.rank_stabilized and self.alpha is None:
@@ -132,19 +133,19 @@ class Train(Section):
     patience: Positive | None
 
     @pydantic.model_validator(mode="after")
-    def ends(self) -> Train:
+    def check_duration(self) -> Train:
         if (self.epochs is None) == (self.iters is None):
             raise ValueError(_one_of("train.epochs", "train.iters"))
         return self
 
     @pydantic.model_validator(mode="after")
-    def has_batches_of_one_size(self) -> Train:
+    def check_batch_size(self) -> Train:
         if (self.batch_size is None) == (self.batch_tokens is None):
             raise ValueError(_one_of("train.batch_size", "train.batch_tokens"))
         return self
 
     @pydantic.model_validator(mode="after")
-    def decays_where_the_optimizer_can(self) -> Train:
+    def check_weight_decay(self) -> Train:
         if self.optimizer == "adam" and self.weight_decay:
             raise ValueError("optimizer adam knows no weight_decay: set it to 0, or use adamw")
         return self
@@ -168,7 +169,7 @@ class Generate(Section):
 
 
 class Runtime(Section):
-    """What changes no result: no stage depends on it."""
+    """Settings that change no result: no stage depends on them."""
 
     steps_per_save: Positive
     cache_gb: Annotated[float, Field(ge=0)]

@@ -1,1 +1,1 @@
-"""Token rows ↔ Parquet."""
+"""Token rows ↔ Parquet files."""

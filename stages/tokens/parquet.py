@@ -1,4 +1,4 @@
-"""Token rows ↔ Parquet, with the identity of what made them in the file's metadata.
+"""Write and read token rows as Parquet; the file's metadata says what they were made from.
 
 The same rows give the same bytes under the same pyarrow.
 """
@@ -31,7 +31,7 @@ _SCHEMA = pa.schema(
         pa.field("truncated", pa.bool_(), nullable=False),
     ]
 )
-# What a dictionary of token ids costs in time, it does not save in space; runs are what masks are made of.
+# A dictionary of token ids costs more time than it saves space. Masks are long runs of equal values, as RLE wants them.
 _ENCODING: dict[str, Any] = {
     "compression": "zstd",
     "use_dictionary": False,
@@ -41,8 +41,10 @@ _ENCODING: dict[str, Any] = {
 
 
 def write_tokens(path: Path, rows: Iterable[TokenRow], metadata: Callable[[], dict[str, Any]]) -> None:
-    """Write token rows; `metadata` (tokenizer, policy, ledger, …), asked for after the last row, becomes JSON in the
-    file's footer."""
+    """Write token rows and, in the file's footer, metadata (tokenizer, policy, ledger, …) as JSON.
+
+    `metadata` is called after the last row, when its counts are known.
+    """
     with replacing(path) as draft, pq.ParquetWriter(draft, _SCHEMA, **_ENCODING) as writer:
         group: list[TokenRow] = []
         for row in rows:
@@ -56,7 +58,7 @@ def write_tokens(path: Path, rows: Iterable[TokenRow], metadata: Callable[[], di
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What a token file says about its making.
+    """Read a token file's metadata.
 
     Raises:
         ValueError: the file is missing or is none of ours.
@@ -66,7 +68,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def read_tokens(path: Path, *, tokenizer: str) -> list[TokenRow]:
-    """All token rows of a file, which must have been made with the tokenizer of this identity.
+    """Read all token rows of a file, which must have been made with the tokenizer of this identity.
 
     Raises:
         ValueError: the file is missing, is none of ours, or comes from another tokenizer.
@@ -78,7 +80,7 @@ def read_tokens(path: Path, *, tokenizer: str) -> list[TokenRow]:
 
 
 def read_row(path: Path, number: int) -> TokenRow:
-    """One token row, counted from 0.
+    """Read one token row, counted from 0.
 
     Raises:
         ValueError: there is no such row, or the file is none of ours.
@@ -94,7 +96,7 @@ def read_row(path: Path, number: int) -> TokenRow:
 
 
 def read_lengths(path: Path) -> np.ndarray:
-    """The token counts of all rows of a token file."""
+    """Read the lengths in tokens of all rows."""
     with _open(path) as file:
         return np.asarray(file.read(["tokens"])["tokens"].to_numpy())
 

@@ -1,4 +1,4 @@
-"""A row of data/tokens, and the tokenizer that makes it."""
+"""A row of data/tokens in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """A row of data/tokens. `loss_mask[i]` says whether predicting `input_ids[i]` is trained on and scored."""
+    """Token ids and the loss mask. Where `loss_mask[i]` is set, predicting `input_ids[i]` is trained on and scored."""
 
     id: str
     source: str

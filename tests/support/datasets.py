@@ -10,7 +10,7 @@ import pyarrow as pa
 
 
 def save(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """What Dataset.save_to_disk writes, in two shards."""
+    """Write rows as Dataset.save_to_disk does, in two shards."""
     folder.mkdir(parents=True)
     names = [f"data-0000{i}-of-00002.arrow" for i in range(2)]
     for name, part in zip(names, (rows[:70], rows[70:]), strict=True):

@@ -1,5 +1,4 @@
-"""Kill real training processes at random moments and compare what they end in:
-`python -m tests.support.faults [KILLS]`.
+"""Kill training processes at random moments and compare their results: `python -m tests.support.faults [KILLS]`.
 
 Each process trains the tiny model; a signal ends it at a random moment, and the next process goes on. In the end, files
 must equal those of a process that nobody disturbed.
@@ -48,7 +47,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def prepare(folder: Path) -> None:
-    """A project with the tiny model, ready to train."""
+    """Make a project with the tiny model, ready to train."""
     from tests.support.tiny import small_params, write_llama
 
     write_llama(folder / "tiny", num_hidden_layers=4)
@@ -69,7 +68,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def undisturbed(folder: Path) -> tuple[dict[str, str], float]:
-    """What an undisturbed process makes, and how long it takes; its outputs are removed again."""
+    """Run an undisturbed process; returns its outputs' digests and its seconds, and removes the outputs."""
     started = time.monotonic()
     subprocess.run(TRAIN, cwd=folder, env=environment(folder), check=True, capture_output=True)
     seconds = time.monotonic() - started
@@ -79,7 +78,7 @@ def undisturbed(folder: Path) -> tuple[dict[str, str], float]:
 
 
 def remove_outputs(folder: Path) -> None:
-    """As DVC does before it runs a stage."""
+    """Delete the outputs, as DVC does before it runs a stage."""
     for path in (folder / name for name in OUTPUTS):
         if path.is_dir():
             shutil.rmtree(path)
@@ -113,7 +112,7 @@ def _step(pattern: str, output: str) -> int | None:
 
 
 def finish(folder: Path) -> tuple[dict[str, str], int | None]:
-    """Let a last process finish; the outputs, and where it took up."""
+    """Let a last process finish; returns its outputs' digests and the step that it went on from."""
     done = subprocess.run(TRAIN, cwd=folder, env=environment(folder), check=True, capture_output=True, text=True)
     return digests(folder), _step(r"going on after step (\d+)", done.stdout)
 

@@ -19,17 +19,9 @@ F32, F16, Q4_0, Q4_1, Q8_0, BF16 = 0, 1, 2, 3, 8, 30
 
 
 HIDDEN, MLP, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 2, 16, 2
-
-
 THETA, EPSILON = 500.0, 1e-5
-
-
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-
-
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
-
-
 KINDS = {"F32": F32, "F16": F16, "BF16": BF16, "Q4_0": Q4_0, "Q4_1": Q4_1, "Q8_0": Q8_0}
 
 

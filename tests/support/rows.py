@@ -1,4 +1,4 @@
-"""Rows and a model for the numerical core."""
+"""Token rows for tests of the numerical core."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The documentation, and the program that writes one page of it from params.yaml."""

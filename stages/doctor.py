@@ -26,7 +26,7 @@ def doctor() -> None:
 
 
 def _findings() -> Iterator[tuple[str, str]]:
-    import stages.lora  # noqa: F401  the BLAS comes before MLX
+    import stages.model  # noqa: F401  the BLAS comes before MLX
     import mlx.core as mx  # isort: skip
 
     yield (

@@ -157,7 +157,7 @@ def test_folder_of_another_process_that_was_quicker_is_replaced(
 # Writes a folder over `target` and is killed: in the middle of writing, or between the two renames.
 KILLED = """
 import os, pathlib, signal, sys
-from stages import files
+from stages.files import outputs
 target, moment = pathlib.Path(sys.argv[1]), sys.argv[2]
 rename = pathlib.Path.rename
 def kill():

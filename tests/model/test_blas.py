@@ -16,18 +16,23 @@ from tests.support.imports import ROOT
 pytestmark = pytest.mark.skipif(not blas.is_needed(), reason="this MLX is not the CPU build for Linux")
 
 REPORT = """
-import stages.lora
-from stages import blas
+from stages.model import blas
 print(blas.loaded())
 """
+# Before the package is imported, which loads a BLAS.
 NO_WHEEL = """
-from stages import blas
-version = blas._version
-blas._version = lambda name: None if name == "scipy-openblas32" else version(name)
+import importlib.metadata
+version = importlib.metadata.version
+def lacking(name):
+    if name == "scipy-openblas32":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = lacking
 """
 NO_PATCHELF = """
-from stages import blas
-blas._patchelf = lambda: None
+import shutil, sysconfig
+sysconfig.get_path = lambda name: "/nowhere"
+shutil.which = lambda name: None
 """
 NO_SYSTEM = """
 import ctypes.util
@@ -68,8 +73,7 @@ def test_wheels_library_is_loaded_from_the_store(shared_store: Path) -> None:
 # Prints what MLX computes and, if a library is given, what its own function does, each as a hash of every bit.
 PRODUCT = """
 import ctypes, hashlib, sys
-import stages.lora
-from stages import blas
+from stages.model import blas
 import mlx.core as mx
 import numpy as np
 n = 512
@@ -107,9 +111,9 @@ def test_chosen_library_is_loaded_and_no_copy_is_made(shared_store: Path, tmp_pa
 
 
 REFUSED = """
-from stages import console
+from stages.cli import console
 def command():
-    import stages.lora
+    import stages.model
 console.main(command)
 """
 
@@ -152,7 +156,7 @@ def test_store_that_cannot_be_written_warns_and_goes_on(shared_store: Path, tmp_
 
 
 def test_failing_patchelf_warns_and_leaves_nothing(shared_store: Path, tmp_path: Path) -> None:
-    done = python(f"{NO_SYSTEM}from stages import blas; blas._patchelf = lambda: '/bin/false'\n{REPORT}", tmp_path)
+    done = python(f"{NO_SYSTEM}{NO_PATCHELF}shutil.which = lambda name: '/bin/false'\n{REPORT}", tmp_path)
     assert (done.returncode, done.stdout) == (0, "None\n")
     assert "40 to 80 times slower" in done.stderr
     assert list((tmp_path / "blas").iterdir()) == []

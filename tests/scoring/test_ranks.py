@@ -414,7 +414,7 @@ def test_stopped_or_killed_ranks_go_on_to_the_same_bytes(
 def test_a_rank_that_waits_in_vain_can_be_ended(machines: tuple[Path, Path], signals: int) -> None:
     """On some transports, the end of a rank goes unnoticed by the others; here it just does not come."""
     code = (
-        "import time; from stages import interrupts; from stages.lora import distributed\n"
+        "import time; from stages.cli import interrupts; from stages.scoring import ranks as distributed\n"
         f"interrupts.LEAVE_SECONDS = {0.5 if signals == 1 else 60}\n"
         "ranks = distributed.join()\n"
         "with interrupts.stop_requests():\n"

@@ -52,7 +52,7 @@ def blas_before_mlx(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The process's first import of MLX may be this module's: whichever test follows wants its BLAS."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORABUILD_STORE", str(tmp_path_factory.mktemp("store")))
-        import stages.lora  # noqa: F401
+        import stages.model  # noqa: F401
 
 
 def converted(folder: Path, weights: dict[str, Any] | None = None, meta: dict[str, Any] | None = None) -> Path:

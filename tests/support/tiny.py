@@ -122,7 +122,7 @@ def write_model(
     folder: Path, architecture: str, *, seed: int = 0, quantize: bool = False, dtype: str = "float32", **changes: Any
 ) -> Path:
     """Write a random model of CONFIGS and its tokenizer, weights named as on the Hub; `changes` go over its config."""
-    import stages.lora  # noqa: F401  the BLAS comes before MLX
+    import stages.model  # noqa: F401  the BLAS comes before MLX
     import mlx.core as mx  # isort: skip
     import mlx.nn as nn
     from mlx.utils import tree_flatten

@@ -48,11 +48,12 @@ format: $(VENV)/.dev ## Format the code and mend what lint can mend
 
 constraints: $(VENV)/.dev ## Choose the newest versions anew (then run the tests, and commit both)
 	@python -m pip install --quiet uv
+	@uv pip compile --quiet --universal --no-annotate --no-header --no-emit-index-url --upgrade --extra cpu --extra datasets \
+	  --extra near-duplicates --extra dev --extra peers --output-file constraints.txt.new pyproject.toml
 	@{ echo '# The exact versions that a result is reproducible with. Made by `make constraints`.'; \
-	   uv pip compile --quiet --universal --no-annotate --no-header --no-emit-index-url --upgrade \
-	     --extra cpu --extra datasets --extra near-duplicates --extra dev --extra peers pyproject.toml \
-	   | sed -e '/jsfetch/d' -e '/win32/d' -e '/^cuda-/d' -e '/^nvidia-/d' -e '/^triton=/d' -e "s/ ; sys_platform != 'emscripten'//"; } > constraints.txt.new
-	@mv constraints.txt.new constraints.txt
+	   sed -e '/jsfetch/d' -e '/win32/d' -e '/^cuda-/d' -e '/^nvidia-/d' -e '/^triton=/d' -e "s/ ; sys_platform != 'emscripten'//" \
+	     constraints.txt.new; } > constraints.txt
+	@rm constraints.txt.new
 	@names=$$(sed -n 's/^\([a-z].*\): .*/\1/p' versions.yaml | paste -s -d '|' -); \
 	  { grep '^#' versions.yaml; sed -nE "s/^($$names)==([^ ;]+).*/\1: \2/p" constraints.txt; } > versions.yaml.new
 	@mv versions.yaml.new versions.yaml

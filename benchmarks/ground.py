@@ -1,4 +1,4 @@
-"""The ground that all contenders stand on: one base in float32, the same rows in the same batches, the same start.
+"""The common ground of all contenders: one base in float32, the same rows in the same batches, the same start.
 
 `python -m benchmarks.ground FOLDER …` makes it in a process of its own, so that whoever measures stays small (a child's
 peak memory counts from its parent's). In FOLDER: `float32`, the base; `base.json` and `store`, as the stages want them;

@@ -69,7 +69,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def undisturbed(folder: Path) -> tuple[dict[str, str], float]:
-    """What an undisturbed process makes, and how long it takes; its outputs are removed again."""
+    """Digests of an undisturbed run's outputs, and its seconds; the outputs are removed again."""
     started = time.monotonic()
     subprocess.run(TRAIN, cwd=folder, env=environment(folder), check=True, capture_output=True)
     seconds = time.monotonic() - started

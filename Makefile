@@ -2,13 +2,13 @@ PYTHON ?= python3
 # What MLX computes on: cpu (on macOS that means Metal too) or cuda.
 BACKEND ?= cpu
 VENV := .venv
-# Other people's trainers, to measure against.
+# The same and other people's trainers, PyTorch with PEFT: large, so apart.
 PEERS := .venv-peers
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fault-test bench bench-sweep lint format docs constraints doctor clean
+.PHONY: help setup demo test test-peers test-all fault-test bench bench-sweep lint format docs constraints doctor clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,11 @@ demo: setup ## Fetch the default base model, run the whole pipeline, show the re
 
 test: $(VENV)/.dev lint ## Lint, check types, run the tests
 	@python -m pytest
+
+test-peers: $(PEERS)/.done ## Run the tests that hold training against PyTorch and PEFT
+	@$(PEERS)/bin/python -m pytest -m peers
+
+test-all: test test-peers ## Run every test: what .ci/run does
 
 fault-test: $(VENV)/.dev ## Kill training at 20 random moments and compare what it ends in
 	@python -m tests.support.faults
@@ -46,10 +51,12 @@ docs: $(VENV)/.dev ## Write docs/parameters.md anew from params.yaml and its sch
 
 constraints: $(VENV)/.dev ## Choose the newest versions anew (then run the tests, and commit both)
 	@python -m pip install --quiet uv
+	@uv pip compile --quiet --universal --no-annotate --no-header --no-emit-index-url --upgrade --extra cpu --extra datasets \
+	  --extra near-duplicates --extra dev --extra peers --output-file constraints.txt.new pyproject.toml
 	@{ echo '# The exact versions that a result is reproducible with. Made by `make constraints`.'; \
-	   uv pip compile --quiet --universal --no-annotate --no-header --no-emit-index-url --upgrade \
-	     --extra cpu --extra datasets --extra near-duplicates --extra dev pyproject.toml | sed -e '/jsfetch/d' -e '/win32/d' -e "s/ ; sys_platform != 'emscripten'//"; } > constraints.txt.new
-	@mv constraints.txt.new constraints.txt
+	   sed -e '/jsfetch/d' -e '/win32/d' -e '/^cuda-/d' -e '/^nvidia-/d' -e '/^triton=/d' -e "s/ ; sys_platform != 'emscripten'//" \
+	     constraints.txt.new; } > constraints.txt
+	@rm constraints.txt.new
 	@names=$$(sed -n 's/^\([a-z].*\): .*/\1/p' versions.yaml | paste -s -d '|' -); \
 	  { grep '^#' versions.yaml; sed -nE "s/^($$names)==([^ ;]+).*/\1: \2/p" constraints.txt; } > versions.yaml.new
 	@mv versions.yaml.new versions.yaml
@@ -57,10 +64,16 @@ constraints: $(VENV)/.dev ## Choose the newest versions anew (then run the tests
 doctor: setup ## Show what this machine has
 	@python -m stages doctor
 
+# The stages' outputs that DVC caches: metrics and plots are in git, and what `dvc add` tracks is data of the user's own.
+REMOVE_OUTPUTS := from dvc.repo import Repo; \
+  [out.remove() for stage in Repo().index.stages if stage.cmd for out in stage.outs if out.use_cache]
+
 clean: ## Remove .venv and everything that the pipeline made here (the store of base models stays)
-	rm -rf $(VENV) $(PEERS) .dvc/cache .dvc/tmp data/prepared data/tokens .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf artifacts/adapter artifacts/base.json artifacts/evaluate artifacts/merged artifacts/samples artifacts/timing \
-	  artifacts/cache artifacts/checkpoints
+	@if [ -x $(BIN)/python ]; then $(BIN)/python -c '$(REMOVE_OUTPUTS)'; \
+	  else echo "There is no $(VENV), so no DVC to ask for the stages' outputs: these stay (make setup clean removes them)"; fi
+	rm -rf artifacts/cache artifacts/checkpoints artifacts/timing .dvc/cache .dvc/tmp
+	rm -rf $(VENV) $(PEERS) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find benchmarks stages tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
@@ -70,9 +83,10 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[$(BACKEND)]'
 	@touch $@
 
-$(PEERS)/.done: benchmarks/peers.txt constraints.txt | $(BIN)/python
+$(PEERS)/.done: pyproject.toml constraints.txt | $(BIN)/python
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  '.[$(BACKEND),dev,peers]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python

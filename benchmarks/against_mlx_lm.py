@@ -34,7 +34,7 @@ MAX_LENGTH = 4096  # tokens a row; a longer one is an error, for the two trainer
 
 @dataclass(frozen=True)
 class Run:
-    """What a trainer did. `seconds` are the whole command's; the rate leaves loading and the first update out."""
+    """One trainer's figures. `seconds` are the whole command's; the rate leaves loading and the first update out."""
 
     rows_seen: int
     seconds: float

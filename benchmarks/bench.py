@@ -88,7 +88,7 @@ def bench(
 def measure(
     folder: Path, work: dict[str, Ground], field: list[Contender], rounds: int
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Turn by turn, so that whatever else the machine does meets them all. By kind of loss and contender: the runs."""
+    """Runs by kind of loss and contender, in turns, so that whatever else the machine does slows all of them."""
     found: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in work}
     for number in range(rounds):
         for kind, ground in work.items():

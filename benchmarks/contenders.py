@@ -1,4 +1,4 @@
-"""Who is measured, and how one run of each becomes the same few figures.
+"""The contenders: one run of each gives the same few figures.
 
 (a) `mlx_lm.lora` as it comes, (b) the same under an optimised BLAS, (c) PEFT on PyTorch, (d) this project with its
 savings off, (e) with one saving after another. All do the same updates on the ground that `benchmarks.ground` made.
@@ -35,7 +35,7 @@ SAVINGS: dict[str, Settings] = {
 
 @dataclass(frozen=True)
 class Ground:
-    """What `benchmarks.ground` made, and the shape of the work on it."""
+    """The folder that `benchmarks.ground` made, and the work to do on it."""
 
     folder: Path
     kind: str  # of loss

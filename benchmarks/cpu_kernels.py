@@ -1,70 +1,75 @@
-"""What the CPU kernels gain: each beside MLX's own, then a whole training step, and how near that is to its matmuls.
+"""The gain of the CPU kernels: each beside MLX's own, then a whole training step, and its matmuls alone.
 
 `python -m benchmarks.cpu_kernels [--rows 4] [--tokens 100] [--trained 50] [--repeats 9]`: the default base with LoRA on
 q_proj and v_proj of the last 8 layers. The layers before these are left out, as they are with their output cached. The
-ways take turns; medians, and the range. The matmuls alone are those of linear layers and head, forward and back.
+variants take turns; medians, and the range. The matmuls alone are those of linear layers and head, forward and back.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
+import typer
 
 from stages.base.manifest import locate, read_manifest
 from stages.cli import console
+from stages.model import blas
+
+if TYPE_CHECKING:
+    from stages.tokens.row import TokenRow
 
 LAYERS = 8
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--rows", type=int, default=4)
-    arguments.add_argument("--tokens", type=int, default=100, help="of a row")
-    arguments.add_argument("--trained", type=int, default=50, help="of them")
-    arguments.add_argument("--repeats", type=int, default=9)
-    arguments.add_argument("--base", type=Path, default=Path("artifacts/base.json"))
-    given = arguments.parse_args()
-    directory = locate(read_manifest(given.base))
-    _kernels(given.repeats)
-    _step(directory, given)
+def cpu_kernels(
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each row.")] = 100,
+    trained: Annotated[int, typer.Option(min=1, help="Trained tokens of each row.")] = 50,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 9,
+    base: Annotated[Path, typer.Option(help="The base model's manifest.")] = Path("artifacts/base.json"),
+) -> None:
+    """Time each kernel and a training step with and without the kernels."""
+    blas.preload()
+    directory = locate(read_manifest(base))
+    _kernels(repeats)
+    _step(directory, _rows(rows, tokens, trained), repeats)
 
 
 def _kernels(repeats: int) -> None:
-    import stages.lora.kernels as cpu
-    import mlx.core as mx  # isort: skip
+    import mlx.core as mx
     import mlx.nn as nn
     from mlx_lm.models import activations
+
+    from stages.lora import kernels
 
     wide, narrow = mx.random.normal((400, 1536)), mx.random.normal((400, 576))
     heads = mx.random.normal((4, 9, 100, 64))
     logits, targets = mx.random.normal((300, 49_152)), mx.arange(300)
     mx.eval(wide, narrow, heads, logits)
     turns: dict[str, Any] = {"traditional": False, "base": 1e5, "scale": 1.0, "offset": 0}
-    ways: dict[str, tuple[mx.array, Callable[[Any], Any], Callable[[Any], Any]]] = {
-        "SwiGLU": (wide, lambda x: activations.swiglu(x, x), lambda x: cpu.swiglu(x, x)),
-        "GELU (tanh)": (wide, nn.gelu_approx, cpu.gelu_approx),
-        "softmax": (wide, lambda x: mx.softmax(x, axis=-1), lambda x: cpu.softmax(x, axis=-1)),
+    variants: dict[str, tuple[mx.array, Callable[[Any], Any], Callable[[Any], Any]]] = {
+        "SwiGLU": (wide, lambda x: activations.swiglu(x, x), lambda x: kernels.swiglu(x, x)),
+        "GELU (tanh)": (wide, nn.gelu_approx, kernels.gelu_approx),
+        "softmax": (wide, lambda x: mx.softmax(x, axis=-1), lambda x: kernels.softmax(x, axis=-1)),
         "RMSNorm": (
             narrow,
             lambda x: mx.fast.rms_norm(x, x[0], 1e-5),
-            lambda x: cpu.rms_norm(x, x[0], 1e-5),
+            lambda x: kernels.rms_norm(x, x[0], 1e-5),
         ),
-        "RoPE": (heads, lambda x: mx.fast.rope(x, 64, **turns), lambda x: cpu.rope(x, 64, **turns)),
+        "RoPE": (heads, lambda x: mx.fast.rope(x, 64, **turns), lambda x: kernels.rope(x, 64, **turns)),
         "attention": (
             heads,
             lambda x: mx.fast.scaled_dot_product_attention(x, x[:, :3], x[:, 3:6], scale=0.1, mask="causal"),
-            lambda x: cpu.fast_attention(x, x[:, :3], x[:, 3:6], scale=0.1, mask="causal"),
+            lambda x: kernels.fast_attention(x, x[:, :3], x[:, 3:6], scale=0.1, mask="causal"),
         ),
     }
     lines = []
-    for title, (x, plain, fast) in ways.items():
+    for title, (x, plain, fast) in variants.items():
         both: dict[str, Callable[[], Any]] = {}
         for name, function in (("plain", plain), ("fast", fast)):
             both[f"{name} value"] = partial(function, x)
@@ -74,8 +79,8 @@ def _kernels(repeats: int) -> None:
         {
             "plain value": lambda: nn.losses.cross_entropy(logits, targets),
             "plain both": lambda: mx.value_and_grad(lambda x: nn.losses.cross_entropy(x, targets).sum())(logits),
-            "fast value": lambda: cpu.cross_entropy(logits, targets),
-            "fast both": lambda: cpu.cross_entropy_with_gradient(logits, targets),
+            "fast value": lambda: kernels.cross_entropy(logits, targets),
+            "fast both": lambda: kernels.cross_entropy_with_gradient(logits, targets),
         },
         repeats,
     )
@@ -89,19 +94,17 @@ def _nanoseconds(times: dict[str, list[float]], count: int) -> list[str]:
     return [f"{statistics.median(spent) / count * 1e9:.2f}" for spent in times.values()]
 
 
-def _step(directory: Path, given: argparse.Namespace) -> None:
-    from stages.lora import patches
-    import mlx.core as mx  # isort: skip
+def _step(directory: Path, rows: list[TokenRow], repeats: int) -> None:
+    import mlx.core as mx
     import mlx.nn as nn
 
     from stages.lora.batches import collate
-    from stages.lora.head import narrow_head
+    from stages.lora.execution import narrow_head, use_kernels
     from stages.lora.loss import fused_sum_loss, sum_loss
 
-    rows = _rows(given)
     batch = collate(rows)
     plain, fast = _last_layers(directory), _last_layers(directory)
-    if reason := patches.install(fast, rows):
+    if reason := use_kernels(fast, rows).note:
         console.warn(reason)
     for model in (plain, fast):
         narrow_head(model)
@@ -111,19 +114,19 @@ def _step(directory: Path, given: argparse.Namespace) -> None:
         "kernels": (fast, sum_loss),
         "kernels, fused loss": (fast, fused_sum_loss),
     }
-    ways: dict[str, Callable[[], Any]] = {
+    variants: dict[str, Callable[[], Any]] = {
         name: partial(nn.value_and_grad(model, loss), model, batch) for name, (model, loss) in steps.items()
     }
-    products = _products(plain, tokens=given.rows * given.tokens, trained=batch.trained_tokens)
-    ways["the matmuls alone"] = partial(_multiply, products)
+    tokens, trained = batch.inputs_BxL.size, batch.trained_tokens
+    products = _products(plain, tokens=tokens, trained=trained)
+    variants["the matmuls alone"] = partial(_multiply, products)
     peaks = {}
-    for name, way in ways.items():
+    for name, variant in variants.items():
         mx.reset_peak_memory()
-        mx.eval(way())
+        mx.eval(variant())
         peaks[name] = mx.get_peak_memory()
-    times = _in_turn(ways, given.repeats)
+    times = _in_turn(variants, repeats)
     limit = statistics.median(times["the matmuls alone"])
-    tokens = given.rows * given.tokens
     lines = [
         (
             name,
@@ -136,7 +139,7 @@ def _step(directory: Path, given: argparse.Namespace) -> None:
         for name, spent in times.items()
     ]
     flops = sum(2 * x.size * w.shape[1] for x, w in products)
-    title = f"A step of {given.rows} × {given.tokens} tokens, {given.trained} of each trained; "
+    title = f"A step of {len(rows)} × {tokens // len(rows)} tokens, {trained // len(rows)} of each trained; "
     title += f"matmuls {flops / 1e9:.1f} GFLOP at {flops / limit / 1e9:.0f} GFLOP/s"
     console.table(title, ("", "ms", "range", "tokens/s", "of the limit", "peak MB"), lines)
 
@@ -153,17 +156,19 @@ def _last_layers(directory: Path) -> Any:
     return model
 
 
-def _rows(given: argparse.Namespace) -> Any:
+def _rows(rows: int, tokens: int, trained: int) -> list[TokenRow]:
+    import numpy as np
+
     from stages.tokens.row import TokenRow
 
-    mask = np.zeros(given.tokens + 1, dtype=bool)
-    mask[-given.trained :] = True
-    ids = np.random.default_rng(0).integers(0, 40_000, (given.rows, given.tokens + 1)).astype(np.int32)
-    return [TokenRow(str(i), "random", row, mask, given.trained, False) for i, row in enumerate(ids)]
+    mask = np.zeros(tokens + 1, dtype=bool)
+    mask[-trained:] = True
+    ids = np.random.default_rng(0).integers(0, 40_000, (rows, tokens + 1)).astype(np.int32)
+    return [TokenRow(str(i), "random", row, mask, trained, False) for i, row in enumerate(ids)]
 
 
 def _products(model: Any, *, tokens: int, trained: int) -> list[tuple[Any, Any]]:
-    """Operands of each linear layer's product on the way forward and of that on the way back, and of the head's."""
+    """Operands of each linear layer's product forward and of that backward, and of the head's."""
     import mlx.core as mx
     import mlx.nn as nn
 
@@ -187,18 +192,18 @@ def _multiply(products: list[tuple[Any, Any]]) -> list[Any]:
     return []
 
 
-def _in_turn(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each way by name, one after another in each round, so that whatever else runs meets them all."""
+def _in_turn(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each variant by name. They take turns in each round, so that whatever else runs slows all of them."""
     import mlx.core as mx
 
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
-        for name, way in ways.items():
+        for name, variant in variants.items():
             started = time.perf_counter()
-            mx.eval(way())
+            mx.eval(variant())
             times[name].append(time.perf_counter() - started)
     return times
 
 
 if __name__ == "__main__":
-    main()
+    console.main(cpu_kernels)

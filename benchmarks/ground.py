@@ -1,4 +1,4 @@
-"""The ground that all contenders stand on: one base in float32, the same rows in the same batches, the same start.
+"""The common ground of all contenders: one base in float32, the same rows in the same batches, the same start.
 
 `python -m benchmarks.ground FOLDER …` makes it in a process of its own, so that whoever measures stays small (a child's
 peak memory counts from its parent's). In FOLDER: `float32`, the base; `base.json` and `store`, as the stages want them;
@@ -150,7 +150,7 @@ def write_start(folder: Path, lora: dict[str, Any]) -> None:
 
     model, _ = load_base(folder / "float32", dtype="float32")
     keys = tuple(f"self_attn.{name}" for name in lora["modules"])
-    config = adapter.LoraConfig(lora["rank"], lora["scale"], 0.0, keys, lora["layers"])
+    config = adapter.LoraConfig(lora["rank"], lora["scale"], 0.0, keys, lora["layers"], "lora")
     adapter.attach(model, config, seed=SEED)
     adapter.save(folder / "start", model, config)
 

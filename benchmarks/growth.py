@@ -1,4 +1,4 @@
-"""How speed and memory grow with the rows' length, the vocabulary, the rank and the number of frozen layers.
+"""Speed and memory by the rows' length, the vocabulary, the rank and the number of frozen layers.
 
 On a random Llama and random rows of one length, the second half of each trained on: speed does not ask what is learned.
 `python -m benchmarks.growth FOLDER SHAPE` makes the ground for one shape (as JSON) in a process of its own.

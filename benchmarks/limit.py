@@ -1,4 +1,4 @@
-"""How fast a step could be if only its matrix products were left, at the BLAS's own speed.
+"""Upper limit of the speed: a step's matrix products alone, at the BLAS's own speed.
 
 `python -m benchmarks.limit GROUND KIND OUT`: the products that no saving removes, once the frozen layers' output
 is cached: forward through the adapted layers, backward through them but for the q, k and v of the first (nothing below

@@ -1,4 +1,4 @@
-"""`mlx_lm.lora` as it is, watched: each update's seconds, tokens and loss, and what its evaluation takes.
+"""`mlx_lm.lora` as it is, recorded: each update's seconds, tokens and loss, and the speed of its evaluation.
 
 `python -m benchmarks.mlx_lm_peer SPEC RECORD lora --config …` runs `mlx_lm lora --config …` in this process. SPEC is a
 JSON file: `blas`, whether an optimised BLAS is loaded before MLX; and perhaps `rows`, a file of token rows in batches
@@ -59,7 +59,7 @@ def settings(
 
 
 class Watcher:
-    """What happens inside `mlx_lm.lora`, in its own places for onlookers where it has them."""
+    """Records the updates and the evaluation of `mlx_lm.lora`, by its own callbacks where it has them."""
 
     def __init__(self) -> None:
         self.reports: list[dict[str, float]] = []

@@ -1,4 +1,4 @@
-"""PEFT on PyTorch, on the same batches: a plain loop that leaves nothing on the table.
+"""PEFT on PyTorch, on the same batches: a plain training loop without needless work.
 
 `python -m benchmarks.peft_peer SPEC RECORD` in the peers' environment; nothing of this project is imported. float32,
 all cores, causal attention without a padding mask (rows are padded at their end, where no trained token looks), no

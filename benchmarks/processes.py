@@ -18,7 +18,7 @@ _KIB = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
 
 @dataclass(frozen=True)
 class Done:
-    """What a command took: wall-clock seconds, and the largest memory that its process held."""
+    """Cost of a command: wall-clock seconds, and the largest memory that its process held."""
 
     seconds: float
     peak_memory_bytes: int

@@ -1,4 +1,4 @@
-"""One judge for all adapters: nats a token on the same rows, by the plain model and nothing that saves work.
+"""Held-out loss of several adapters: nats a token on the same rows, by the plain model without any speed-up.
 
 `python -m benchmarks.score GROUND KIND OUT ADAPTER …` scores the held-out rows of a ground; the base comes first.
 """

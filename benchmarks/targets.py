@@ -1,4 +1,4 @@
-"""What this project has set out to reach, held against a run's figures."""
+"""The project's targets, held against a run's figures."""
 
 from __future__ import annotations
 

@@ -1,13 +1,12 @@
-"""How fast rows become token files, beside the tokenizer alone, mlx-lm's way and datasets.map.
+"""Speed of making token files from rows, beside the tokenizer alone, mlx-lm's data set and datasets.map.
 
 `python -m benchmarks.tokenize [--rows 20000] [--data rows.jsonl]`: the rows of the default data, repeated with a number
-in each so that no two are the same, or the rows of a JSONL file of prompts and completions. Each way runs in a process
+in each so that no two are the same, or the rows of a JSONL file of prompts and completions. Each runs in a process
 of its own, the best of `--repeats` counts; memory is that process's peak. On a shared machine, look at the CPU seconds.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import resource
@@ -17,41 +16,42 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+from stages.base.manifest import locate, read_manifest
+from stages.cli import console
 
 MB = 1 << 20 if sys.platform == "darwin" else 1 << 10  # what ru_maxrss counts in
 
 Pair = tuple[str, str]
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--rows", type=int, default=20_000)
-    arguments.add_argument("--data", type=Path)
-    arguments.add_argument("--base", type=Path, default=Path("artifacts/base.json"))
-    arguments.add_argument("--repeats", type=int, default=3)
-    given = arguments.parse_args()
-
-    from stages.base.manifest import locate, read_manifest
-    from stages.cli import console
-
-    directory = locate(read_manifest(given.base))
+def benchmark(
+    rows: Annotated[int, typer.Option(min=1, help="Rows to encode.")] = 20_000,
+    data: Annotated[Path | None, typer.Option(help="A JSONL file of prompts and completions.")] = None,
+    base: Annotated[Path, typer.Option(help="The base model's manifest.")] = Path("artifacts/base.json"),
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; the best counts.")] = 3,
+) -> None:
+    """Time the making of token files beside other libraries."""
+    directory = locate(read_manifest(base))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _write_prepared(folder / "train.jsonl", given.data, given.rows)
+        _write_prepared(folder / "train.jsonl", data, rows)
         results: dict[str, Any] = {}
-        with console.progress("measuring", total=given.repeats * len(WAYS)) as advance:
-            # Turn by turn, so that whatever else the machine does meets them all.
-            for _ in range(given.repeats):
-                for title, way in WAYS.items():
-                    found = _run(way, directory, folder)
+        with console.progress("measuring", total=repeats * len(METHODS)) as advance:
+            # Turn by turn, so that whatever else the machine does slows all of them.
+            for _ in range(repeats):
+                for title, method in METHODS.items():
+                    found = _run(method, directory, folder)
                     if title not in results or (found and found["seconds"] < results[title]["seconds"]):
                         results[title] = found
                     advance(1)
     alone = results["encode_batch alone"]
     lines = [(title, *(("-",) * 6 if found is None else _figures(found, alone))) for title, found in results.items()]
     header = ("", "rows/s", "tokens/s", "seconds", "CPU s", "speed", "peak MB")
-    console.table(f"{given.rows:,} rows, {alone['tokens']:,} tokens, best of {given.repeats}", header, lines)
+    console.table(f"{rows:,} rows, {alone['tokens']:,} tokens, best of {repeats}", header, lines)
 
 
 def encode_batch_alone(tokenizer: Any, folder: Path) -> int:
@@ -63,7 +63,7 @@ def encode_batch_alone(tokenizer: Any, folder: Path) -> int:
 
 
 def tokenize_stage(tokenizer: Any, folder: Path) -> int:
-    """What `python -m stages.tokenize` does: read JSONL, encode, mask, count, write Parquet."""
+    """The work of `python -m stages.tokenize`: read JSONL, encode, mask, count, write Parquet."""
     import pyarrow
 
     from stages.encoding.encoder import Encoder
@@ -85,7 +85,7 @@ def tokenize_stage(tokenizer: Any, folder: Path) -> int:
     return int(tally.figures("train")["tokens"])
 
 
-def mlx_lm_way(tokenizer: Any, folder: Path) -> int:
+def mlx_lm(tokenizer: Any, folder: Path) -> int:
     """mlx-lm's CompletionsDataset with a masked prompt: one row at a time, twice through the chat template."""
     from mlx_lm.tuner.datasets import CacheDataset, CompletionsDataset
 
@@ -119,10 +119,10 @@ def datasets_map(tokenizer: Any, folder: Path) -> int | None:
     return sum(map(len, made["input_ids"]))
 
 
-WAYS: dict[str, Callable[[Any, Path], int | None]] = {
+METHODS: dict[str, Callable[[Any, Path], int | None]] = {
     "encode_batch alone": encode_batch_alone,
     "tokenize": tokenize_stage,
-    "mlx-lm": mlx_lm_way,
+    "mlx-lm": mlx_lm,
     "datasets.map": datasets_map,
 }
 
@@ -138,15 +138,15 @@ class _timed:  # noqa: N801  reads as a statement
         _seconds, _cpu = time.perf_counter() - self.started, time.process_time() - self.used
 
 
-def _run(way: Callable[[Any, Path], int | None], directory: Path, folder: Path) -> dict[str, Any] | None:
+def _run(method: Callable[[Any, Path], int | None], directory: Path, folder: Path) -> dict[str, Any] | None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_measure, way, directory, folder).result()
+        return pool.submit(_measure, method, directory, folder).result()
 
 
-def _measure(way: Callable[[Any, Path], int | None], directory: Path, folder: Path) -> dict[str, Any] | None:
+def _measure(method: Callable[[Any, Path], int | None], directory: Path, folder: Path) -> dict[str, Any] | None:
     from stages.chat.tokenizer import load_tokenizer
 
-    tokens = way(load_tokenizer(directory), folder)
+    tokens = method(load_tokenizer(directory), folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rows = len(_pairs(folder))
     return None if tokens is None else {"rows": rows, "tokens": tokens, "seconds": _seconds, "cpu": _cpu, "peak": peak}
@@ -186,4 +186,4 @@ def _pairs(folder: Path) -> list[Pair]:
 
 
 if __name__ == "__main__":
-    main()
+    console.main(benchmark)

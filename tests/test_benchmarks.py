@@ -1,10 +1,12 @@
-"""The benchmarks: that they compare like with like, count right and judge right."""
+"""Tests of the benchmarks: that they compare like with like, count right and judge right."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from benchmarks.targets import targets
 from stages.model import blas
 from stages.tokens.row import TokenRow
 from tests.support.imports import ROOT
+
+Run = Callable[[contenders.Ground, Path], contenders.Figures]
 
 
 def entry(rate: float, memory: float, loss: float, **more: Any) -> dict[str, Any]:
@@ -146,18 +150,34 @@ def test_peak_memory_is_that_of_the_one_child(tmp_path: Path) -> None:
     assert large > 300e6 > small
 
 
-def test_both_trainers_do_the_same_updates(tmp_path: Path) -> None:
+@pytest.fixture
+def small_ground(tmp_path: Path) -> contenders.Ground:
+    """A few updates on a small random model."""
     shape = {"length": 40, "vocabulary": 512, "rank": 4, "frozen": 1}
     blas.preload()
     growth.make(tmp_path / "ground", shape)
     # At the rows' own length mlx-lm has no pad target to train on.
     lora, training = growth.lora_and_training(shape)
-    work = contenders.Ground(tmp_path / "ground", "answers", growth.BATCHES, lora, training | {"max_length": 40})
-    figures = {}
-    for name, run in {"theirs": contenders.mlx_lm, "ours": contenders.ours({}, evaluate=True)}.items():
-        (tmp_path / name).mkdir()
-        figures[name] = run(work, tmp_path / name)
-    assert len(figures["ours"].losses) == work.updates
-    assert figures["theirs"].losses == pytest.approx(figures["ours"].losses, rel=1e-5)
-    assert len({round(loss, 3) for loss in figures["ours"].losses}) > 1
-    assert all(each.evaluation and each.peak_memory_bytes > 1e8 for each in figures.values())
+    return contenders.Ground(tmp_path / "ground", "answers", growth.BATCHES, lora, training | {"max_length": 40})
+
+
+def assert_same_updates(work: contenders.Ground, folder: Path, their_run: Run) -> None:
+    """Their run and this project's have the same losses, and all figures of both are measured."""
+    figures = []
+    for name, run in {"theirs": their_run, "ours": contenders.ours({}, evaluate=True)}.items():
+        (folder / name).mkdir()
+        figures.append(run(work, folder / name))
+    theirs, ours = figures
+    assert len(ours.losses) == work.updates
+    assert theirs.losses == pytest.approx(ours.losses, rel=1e-5)
+    assert len({round(loss, 3) for loss in ours.losses}) > 1
+    assert all(each.evaluation and each.peak_memory_bytes > 1e8 for each in figures)
+
+
+def test_mlx_lm_does_the_same_updates(small_ground: contenders.Ground, tmp_path: Path) -> None:
+    assert_same_updates(small_ground, tmp_path, contenders.mlx_lm)
+
+
+@pytest.mark.peers
+def test_peft_does_the_same_updates(small_ground: contenders.Ground, tmp_path: Path) -> None:
+    assert_same_updates(small_ground, tmp_path, partial(contenders.peft, python=sys.executable))

@@ -219,7 +219,6 @@ def test_leaks_are_dropped_from_train_or_refused() -> None:
 
 
 def test_near_duplicates_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("rensa")
     text = "The quick brown fox jumps over the lazy dog and runs away into the deep dark forest."
     lines("raw/a.jsonl", [{"text": text}, {"text": "Nothing of the kind, by any means."}, {"text": text + " Yes."}])
     assert len(run(*ALL_TO_TRAIN, "prepare.near_duplicates=0.8")["train"]) == 3

@@ -1,4 +1,4 @@
-"""Other people's trainers as witnesses: mlx-lm, and PyTorch with PEFT where they are installed (extra `peers`)."""
+"""Training held against other people's trainers: mlx-lm, and PyTorch with PEFT (`make test-peers`)."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ def targets(row: TokenRow) -> mx.array:
 
 def peft_model(folder: Path, weights: dict[str, mx.array]) -> Any:
     """The same base in transformers, with the same adapter in PEFT."""
-    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    import peft
+    import torch
     from transformers import LlamaForCausalLM
 
     base = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -154,6 +155,7 @@ def torch_loss(model: Any, rows: list[TokenRow]) -> Any:
     return model(**{name: torch.tensor(array) for name, array in inputs.items()}).loss
 
 
+@pytest.mark.peers
 @foreign_warnings
 def test_loss_and_gradients_are_those_of_peft(tiny_llama: Path, rows: list[TokenRow]) -> None:
     model = peft_model(tiny_llama, adapter.weights(filled_model(tiny_llama)))
@@ -164,6 +166,7 @@ def test_loss_and_gradients_are_those_of_peft(tiny_llama: Path, rows: list[Token
     assert_same(ours, transposed({name: p.grad for name, p in parameters(model).items()}), of_largest=1e-5)
 
 
+@pytest.mark.peers
 @foreign_warnings
 def test_updates_end_in_the_weights_of_torch_adamw(tiny_llama: Path, rows: list[TokenRow]) -> None:
     run = trainer(filled_model(tiny_llama), rows)

@@ -93,12 +93,12 @@ def merge(
 
 def _refuse_loss(agreement: Agreement, options: schema.Merge) -> None:
     if not agreement.mean_divergence <= options.max_divergence:
-        mend = "merge in a wider type (merge.dtype)"
+        hint = "merge in a wider type (merge.dtype)"
         if not options.dequantize:
-            mend = "quantisation rounds the adapter away: set merge.dequantize to true"
+            hint = "quantisation rounds the adapter away: set merge.dequantize to true"
         raise ValueError(
             "the merged model is not what the adapter was: mean divergence "
-            f"{agreement.mean_divergence:.3g} nats a token, merge.max_divergence is {options.max_divergence:g}; {mend}"
+            f"{agreement.mean_divergence:.3g} nats a token, merge.max_divergence is {options.max_divergence:g}; {hint}"
         )
 
 

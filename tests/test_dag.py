@@ -77,7 +77,7 @@ def test_every_path_option_is_a_dependency_or_an_output(name: str) -> None:
 
 def test_every_parameter_but_the_runtime_ones_belongs_to_a_stage() -> None:
     tracked = {key for stage in STAGES.values() for key in stage["params"] if isinstance(key, str)}
-    values = load_params(ROOT / "yaml").model_dump()
+    values = load_params(ROOT / "params.yaml").model_dump()
     keys = {f"{section}.{key}" for section, part in values.items() if isinstance(part, dict) for key in part}
     keys |= {key for key, part in values.items() if not isinstance(part, dict)}
     untracked = {key for key in keys if key not in tracked and key.split(".")[0] not in tracked}

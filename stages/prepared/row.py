@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,19 @@ class PreparedRow:
 
     def line(self) -> str:
         """The row as a line of JSON."""
-        fields = {name: value for name, value in asdict(self).items() if value is not None}
+        fields = {name: getattr(self, name) for name in self.__slots__ if getattr(self, name) is not None}
         return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
-def row_id(text: str) -> str:
-    """A stable name for a row: 16 hex digits of its text's BLAKE2b."""
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+def row_id(text: str, prompt_length: int | None = None) -> str:
+    """A stable name for a row: 16 hex digits of its text's BLAKE2b.
+
+    Where its prompt ends counts as well, unless that is where the text's last line begins, as it usually is: two rows
+    whose prompt and completion only join to the same text have two names.
+    """
+    usual = prompt_length is None or prompt_length == text.rfind("\n") + 1
+    salt = b"" if usual else (prompt_length or 0).to_bytes(8, "big")
+    return hashlib.blake2b(text.encode(), digest_size=8, salt=salt).hexdigest()
 
 
 def read_prepared(path: Path) -> Iterator[PreparedRow]:

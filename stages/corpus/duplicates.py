@@ -34,7 +34,7 @@ def plain(text: str) -> str:
 class Seen:
     """The rows so far, each in about 120 bytes: a digest of its text, plain or as it is → what tells it from others.
 
-    That is 64 bits of its exact text, 32 bits of its prompt (0: it has none of its own), and 2 bits of its split.
+    That is 64 bits of its exact text, 32 of its prompt's length (0: it has none), and 2 of its split.
     """
 
     def __init__(self, mode: Literal["keep", "exact", "normalized"]) -> None:
@@ -61,7 +61,7 @@ class Seen:
         return "duplicate" if before >> 34 == row >> 34 else "normalized_duplicate"
 
     def _sides(self, content: Content, text: str) -> tuple[int, int]:
-        """The digests of a row's prompt and of its text, in the form in which rows are compared."""
+        """The length of a row's prompt and the digest of its text, in the form in which rows are compared."""
         if "prompt" not in content:
             return 0, _digest(text if self._mode == "exact" else plain(text))
         prompt, completion = content["prompt"], content["completion"]
@@ -70,7 +70,7 @@ class Seen:
             gap = " " if prompt[-1:].isspace() or completion[:1].isspace() else ""
             prompt, completion = plain(prompt), plain(completion)
             text = prompt + gap + completion
-        return _digest(prompt) & _PROMPT or 1, _digest(text)
+        return len(prompt) & _PROMPT, _digest(text)
 
 
 def _digest(text: str) -> int:

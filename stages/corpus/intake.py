@@ -8,7 +8,7 @@ from typing import Any
 
 from stages.corpus import split
 from stages.params.schema import Prepare
-from stages.prepared.row import row_id
+from stages.prepared.row import row_id, text_id
 from stages.readers.find import Source
 from stages.readers.rows import BadRow, RawRow
 from stages.schemas import normalize
@@ -81,16 +81,14 @@ class Intake:
         reading = self._schemas.read(fields, schema)
         content = normalize.normalized(reading.content, self._options.normalize)
         text = content_text(content)
-        of_text = row_id(text)
-        prompt = content.get("prompt")
         group = self._options.group_by
         return Row(
             place,
             content,
             text,
-            id=of_text if prompt is None else row_id(text, len(prompt)),
+            id=row_id(text, content.get("prompt")),
             # By the text alone: rows that only part it elsewhere stay in one split.
-            point=split.point(of_text if group is None else _group(fields, group), seed=self._options.seed),
+            point=split.point(text_id(text) if group is None else _group(fields, group), seed=self._options.seed),
             normalized=content is not reading.content and content != reading.content,
             schema=schema.name,
             unread=tuple(name for name in reading.unread if name != group),

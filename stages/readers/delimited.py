@@ -23,7 +23,7 @@ _OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 MISSING = frozenset(
     ["nan", "NaN", "-nan", "-NaN", "None", "null", "NULL", "NA", "<NA>", "N/A", "n/a", "#NA", "#N/A", "#N/A N/A"]
 )
-_LONGEST_MISSING = max(map(len, MISSING))
+_LONGEST_MISSING = 16  # with blanks around it: longer cells are not looked up
 _BLANK_BEFORE_QUOTE = "a blank stands between a delimiter and a quote; remove it, or quote the whole cell"
 
 
@@ -57,16 +57,15 @@ def _row(place: str, header: list[str], record: list[str]) -> RawRow | BadRow:
     if len(record) != len(header):
         reason = f"{len(record)} cells where the header has {len(header)}"
         return BadRow(place, f"{reason}; quote cells that hold the delimiter")
-    missing = tuple(
-        name
-        for name, cell in zip(header, record, strict=True)
-        if len(cell) <= _LONGEST_MISSING and cell.strip() in MISSING
-    )
     fields = dict(zip(header, record, strict=True))
+    missing: list[str] = []
     for name, cell in fields.items():
         if "\r" in cell:
             fields[name] = cell.replace("\r\n", "\n").replace("\r", "\n")
-    return RawRow(place, fields | dict.fromkeys(missing, "") if missing else fields, missing)
+        elif len(cell) <= _LONGEST_MISSING and cell.strip() in MISSING:
+            fields[name] = ""
+            missing.append(name)
+    return RawRow(place, fields, tuple(missing))
 
 
 def _records(path: Path, advance: Advance, delimiter: str) -> Iterator[tuple[str, list[str], list[str] | BadRow]]:

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, sort_keys=True, allow_nan=False)
+
 Content = dict[str, Any]  # a row's text, prompt and completion, or messages and tools
 
 
@@ -26,5 +28,5 @@ def content_text(content: Content) -> str:
     if "text" in content:
         return str(content["text"])
     if "messages" in content:
-        return json.dumps(content, ensure_ascii=False, sort_keys=True, allow_nan=False)
+        return _ENCODER.encode(content)
     return str(content["prompt"] + content["completion"])

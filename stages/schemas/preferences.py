@@ -60,7 +60,9 @@ def resolve_pair(row: dict[str, Any], preferences: Preferences, decided: Collect
     Raises:
         ValueError: it is a pair and pairs are an error, or its chosen answer cannot be used.
     """
-    held = [name for name in (*_CHOSEN, *_REJECTED) if name in row and holds(row[name])]
+    held = [
+        name for name in (*_CHOSEN, *_REJECTED) if isinstance(row.get(name), str | list | Mapping) and holds(row[name])
+    ]
     if not held or any(name in decided for name in _CHOSEN):
         return row
     if preferences == "error":

@@ -183,6 +183,9 @@ class Schemas:
             )
 
     def _templated(self, row: Fields) -> Reading:
+        assert self.template is not None  # noqa: S101
+        if {"prompt", "completion"} <= set(self.template.columns) and _has_turns(row):
+            return messages.of_prompt_and_completion(row)
         return Reading(self._by_template(row, row))
 
     def _by_template(self, row: Fields, pair: Fields) -> Content:
@@ -191,7 +194,7 @@ class Schemas:
         return {"prompt": self.template.prompt(pair), "completion": self.template.completion(pair)}
 
     def _completion(self, row: Fields) -> Reading:
-        if any(isinstance(row.get(name), list | Mapping) for name in ("prompt", "completion")):
+        if _has_turns(row):
             return messages.of_prompt_and_completion(row)
         prompt, completion = text_of(row, "prompt"), text_of(row, "completion")
         if self.template is None:
@@ -218,6 +221,10 @@ _PAIR_NAMES = (*_ASKING, *_ANSWERING, "input")
 
 def _pair_names(question: str, answer: str) -> dict[str, str]:
     return {**dict.fromkeys(_ASKING, question), "input": "", **dict.fromkeys(_ANSWERING, answer)}
+
+
+def _has_turns(row: Fields) -> bool:
+    return any(isinstance(row.get(name), list | Mapping) for name in ("prompt", "completion"))
 
 
 def _instruction_text(row: Fields) -> str:

@@ -35,9 +35,9 @@ def is_blank(text: str) -> bool:
 
 
 def holds(value: Any) -> bool:
-    """True if a column holds something: no null, no blank text, no empty list or object."""
+    """True if a column holds something: no null, no blank text, no empty list or object, nor the JSON text of one."""
     if isinstance(value, str):
-        return not is_blank(value)
+        return not is_blank(value) and value.strip() not in ("[]", "{}")
     return value is not None and value != [] and value != {}
 
 

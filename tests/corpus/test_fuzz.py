@@ -51,20 +51,31 @@ def test_no_bytes_break_a_reader(name: str, content: bytes, packed: bool) -> Non
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-turn_keys = st.sampled_from(["role", "content", "from", "value", "tool_calls", "x"])
-turns = st.dictionaries(turn_keys, scalars | st.sampled_from(["user", "gpt", "assistant"]), max_size=3)
+turn_keys = st.sampled_from(
+    ["role", "content", "from", "value", "tool_calls", "function_call", "function", "name", "arguments", "type", "text"]
+)
+words = st.sampled_from(["user", "gpt", "assistant", "function_call", "text", "f", '{"name": "f"}', "[]"])
+inner = st.dictionaries(turn_keys, scalars | words, max_size=3)
+turns = st.dictionaries(turn_keys, scalars | words | inner | st.lists(inner | scalars, max_size=2), max_size=4)
 json_values = scalars | st.lists(scalars | turns | st.lists(turns, max_size=2), max_size=3) | turns
-columns = st.sampled_from(["text", "prompt", "completion", "question", "answer", "messages", "conversations", "tools"])
+columns = st.sampled_from(
+    ["text", "prompt", "completion", "question", "answer", "messages", "conversations", "tools", "system", "history",
+     "chosen", "rejected", "chosen_messages", "preferred_output", "input", "label", "images", "instruction", "output"]
+)  # fmt: skip
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.dictionaries(columns, json_values, max_size=4), min_size=1, max_size=4))
-def test_no_values_break_prepare(rows: list[dict[str, object]]) -> None:
+@given(
+    st.lists(st.dictionaries(columns, json_values, max_size=4), min_size=1, max_size=4),
+    st.sampled_from(["{question}{answer}", "{prompt}{completion}", None]),
+)
+def test_no_values_break_prepare(rows: list[dict[str, object]], template: str | None) -> None:
+    options = OPTIONS.model_copy(update={"template": template})
     with tempfile.TemporaryDirectory() as folder:
         read = [RawRow(f"rows:{i}", row) for i, row in enumerate(rows, start=1)]
         source = readers.Source("rows", None, 0, lambda advance: iter(read))
         try:
-            report = write_corpus(Path(folder) / "out", [source], OPTIONS, lambda count: None)
+            report = write_corpus(Path(folder) / "out", [source], options, lambda count: None)
         except ValueError as error:
             assert "split got none" in str(error)
         else:

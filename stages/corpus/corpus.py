@@ -68,10 +68,10 @@ def write_corpus(folder: Path, sources: list[Source], options: Prepare, advance:
                 schemas[source.name] = row.schema
                 names.update(dict.fromkeys(row.unread))
                 split = home or (None if allocation.by_count else allocation.split_of(row.point))
-                if reason := sieve.reason(row, split or "train"):
+                if reason := sieve.judge(row, split or "train"):
                     ledger.dropped(split or "train", reason)
                 else:
-                    files.write(row, split, resembles=sieve.resembles(row))
+                    files.write(row, split, resembles=sieve.note_resemblance(row))
             unread[source.name] = list(names)
             ledger.add(home or "train", unread_columns=len(names))
         if allocation.by_count:
@@ -109,8 +109,8 @@ class _Sieve:
         self._near = duplicates.NearDuplicates(options.near_duplicates) if options.near_duplicates is not None else None
         self.near_pairs: list[tuple[str, str]] = []
 
-    def reason(self, row: Row, split: str) -> str | None:
-        """Why to drop a row that is meant for this split, or None. It is remembered.
+    def judge(self, row: Row, split: str) -> str | None:
+        """The reason to drop a row that is meant for this split, or None. The row is remembered.
 
         Raises:
             ValueError: it is leaked, and leaks are an error.
@@ -123,8 +123,8 @@ class _Sieve:
             raise ValueError(f"{row.place}: stands in another split too; {mend}")
         return None if verdict == "new" else verdict
 
-    def resembles(self, row: Row) -> bool:
-        """True if the row resembles an earlier one, which is noted. It is remembered."""
+    def note_resemblance(self, row: Row) -> bool:
+        """Note the earlier row that this one resembles, and tell if there is one. The row is remembered."""
         earlier = self._near.earlier(row.text, row.place) if self._near else None
         if earlier is not None:
             self.near_pairs.append((row.place, earlier))

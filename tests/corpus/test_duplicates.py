@@ -1,4 +1,4 @@
-"""Which rows are the same row."""
+"""Rows that are the same row, and rows that only look it."""
 
 from __future__ import annotations
 

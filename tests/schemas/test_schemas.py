@@ -1,4 +1,4 @@
-"""What a row's columns become: conversations with all that stands beside them, or a line that says why not."""
+"""A row's columns become conversations with all that stands beside them, or a line that says why not."""
 
 from __future__ import annotations
 

@@ -12,11 +12,12 @@ from typing import Annotated
 import typer
 
 from stages.cli import console
-from stages.corpus.corpus import REASONS, Recipe, Report, write_corpus
+from stages.corpus.corpus import REASONS, Report, write_corpus
 from stages.files import outputs
 from stages.params.loading import load_params
 from stages.prepared.splits import SPLITS
 from stages.readers import find as readers
+from stages.schemas.text import listed
 
 _COLUMNS = (*SPLITS, "all")
 
@@ -33,7 +34,7 @@ def prepare(
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:
-    """Read rows of any known shape, clean them, drop duplicates, and write them by split.
+    """Read rows of any known schema, clean them, drop duplicates, and write them by split.
 
     A file or folder called train, valid (validation, dev) or test keeps its split. Elsewhere a row's split follows from
     its own text (or its group) and `prepare.seed`: with fractions, adding rows moves none of the old ones.
@@ -48,17 +49,18 @@ def prepare(
         sources, ignored = readers.find(raw)
         for path in ignored:
             console.say(f"passed over: {path}")
-    recipe = Recipe(**options.model_dump(exclude={"dataset"}))
     with outputs.replacing(out) as draft, console.progress("preparing", sum(s.size for s in sources)) as advance:
-        report = write_corpus(draft, sources, recipe, advance)
+        report = write_corpus(draft, sources, options, advance)
         ledger = {name: report.ledger.figures(name) for name in _COLUMNS}
     outputs.write_json(metrics, ledger)
     _tell(report, ledger, out, time.perf_counter() - started)
 
 
 def _tell(report: Report, ledger: dict[str, dict[str, int]], out: Path, seconds: float) -> None:
-    for name, shape in report.shapes.items():
-        console.say(f"{name}: {shape}")
+    for name, unread in report.unread.items():
+        console.say(f"{name}: {report.schemas.get(name, 'no row is used')}")
+        if unread:
+            console.say(f"{name}: not read: {listed(unread, limit=len(unread))}")
     shown = [key for key in ledger["all"] if ledger["all"][key] or not key.startswith("dropped_")]
     console.table(
         f"Prepared rows → {out}",
@@ -69,6 +71,8 @@ def _tell(report: Report, ledger: dict[str, dict[str, int]], out: Path, seconds:
     dropped = sum(total[f"dropped_{reason}"] for reason in REASONS)
     rate = total["rows_in"] / seconds
     console.say(f"{total['rows_in']:,} rows in = {total['rows_used']:,} used + {dropped:,} dropped; {rate:,.0f} rows/s")
+    if total["dropped_missing"]:
+        console.say("missing: a cell that spells a missing value (nan, None, NA, …) is empty; in JSON Lines it is text")
     for place, earlier in report.near_pairs[:5]:
         console.say(f"{place} resembles {earlier}")
 

@@ -1,4 +1,4 @@
-"""prepare: kinds of files, shapes of rows, cleaning, splits, and the ledger. Each of its parameters does something."""
+"""prepare: kinds of files, schemas of rows, cleaning, splits, and the ledger. Each of its parameters does something."""
 
 from __future__ import annotations
 
@@ -64,8 +64,9 @@ def contents(row: dict[str, Any]) -> dict[str, Any]:
 ASKED = {"role": "user", "content": "q"}
 ANSWERED = {"role": "assistant", "content": "a"}
 ROUND = {"messages": [ASKED, ANSWERED]}
+TOOL = {"type": "function", "function": {"name": "f"}}
 QA = {"prompt": "### 질문:\nq\n\n### 답변:\n", "completion": "a"}
-SHAPES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+SCHEMAS: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     # a row, what becomes of it by the default template, and without a template
     ({"text": "t"}, {"text": "t"}, {"text": "t"}),
     ({"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "a"}, ROUND),
@@ -80,12 +81,12 @@ SHAPES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (ROUND, ROUND, ROUND),
     ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, ROUND, ROUND),
     ({"messages": json.dumps([ASKED, ANSWERED])}, ROUND, ROUND),
-    (ROUND | {"tools": [{"name": "f"}]}, ROUND | {"tools": [{"name": "f"}]}, ROUND | {"tools": [{"name": "f"}]}),
+    (ROUND | {"tools": [TOOL]}, ROUND | {"tools": [TOOL]}, ROUND | {"tools": [TOOL]}),
 ]
 
 
-@pytest.mark.parametrize(("row", "templated", "plain"), SHAPES)
-def test_shapes_of_rows(row: dict[str, Any], templated: dict[str, Any], plain: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("row", "templated", "plain"), SCHEMAS)
+def test_schemas_of_rows(row: dict[str, Any], templated: dict[str, Any], plain: dict[str, Any]) -> None:
     lines("raw/a.jsonl", [row])
     assert [contents(r) for r in run(*ALL_TO_TRAIN)["train"]] == [templated]
     assert [contents(r) for r in run(*ALL_TO_TRAIN, "prepare.template=null")["train"]] == [plain]
@@ -182,6 +183,85 @@ def test_empty_rows_are_dropped_and_counted() -> None:
     lines("raw/b.jsonl", [ROUND, {"messages": []}, {"messages": [{"role": "user", "content": ""}]}])
     run(*ALL_TO_TRAIN)
     assert ledger()["dropped_empty"] == 3
+
+
+def test_zero_width_characters_alone_are_no_text() -> None:
+    lines("raw/a.jsonl", [{"text": "t"}, {"text": "\u200b\ufeff"}, {"text": "\u200bu"}])
+    assert [row["text"] for row in run(*ALL_TO_TRAIN)["train"]] == ["t", "\u200bu"]
+    assert ledger()["dropped_empty"] == 1
+
+
+def test_an_empty_system_turn_or_tool_result_costs_no_row() -> None:
+    quiet = [{"role": "system", "content": ""}, ASKED, {"role": "tool", "content": ""}, ANSWERED]
+    lines("raw/a.jsonl", [{"messages": quiet}])
+    [row] = run(*ALL_TO_TRAIN)["train"]
+    assert row["messages"] == quiet[1:]
+
+
+def test_cells_that_spell_a_missing_value_are_counted_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("raw").mkdir()
+    Path("raw/a.csv").write_text("instruction,input,Antwort\nq,nan,a\nq2,,None\nq3,N/A,\nnull,x,y\n", encoding="utf-8")
+    [row] = run(*ALL_TO_TRAIN, "prepare.columns={output: Antwort}")["train"]
+    assert contents(row) == QA
+    assert (ledger()["dropped_missing"], ledger()["dropped_empty"]) == (2, 1)
+    assert "a cell that spells a missing value (nan, None, NA, …) is empty" in capsys.readouterr().out
+
+
+def test_the_words_of_missing_values_are_text_in_json() -> None:
+    lines("raw/a.jsonl", [{"text": "None"}])
+    assert len(run(*ALL_TO_TRAIN)["train"]) == 1
+
+
+def test_rows_that_only_join_to_the_same_text_are_two_rows() -> None:
+    lines("raw/a.jsonl", [{"prompt": "ab", "completion": "c"}, {"prompt": "a", "completion": "bc"}])
+    assert len({row["id"] for row in run(*ALL_TO_TRAIN)["train"]}) == 2
+
+
+def test_labels_are_an_error_or_drop_rows_or_are_ignored(capsys: pytest.CaptureFixture[str]) -> None:
+    lines("raw/a.jsonl", [{**PAIRS[i], "label": i % 3 != 0} for i in range(30)])
+    with pytest.raises(ValueError, match=r"raw/a.jsonl:1: its 'label' says whether the answer is wanted; set prepare"):
+        run(*ALL_TO_TRAIN)
+    assert len(run(*ALL_TO_TRAIN, "prepare.labels=drop_false")["train"]) == 20
+    assert ledger()["dropped_label_false"] == 10
+    assert "not read" not in capsys.readouterr().out
+    assert len(run(*ALL_TO_TRAIN, "prepare.labels=ignore")["train"]) == 30
+    assert "raw/a.jsonl: not read: label" in capsys.readouterr().out
+
+
+def test_preference_pairs_are_an_error_or_give_their_chosen_answer() -> None:
+    lines("raw/a.jsonl", [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(3)])
+    with pytest.raises(ValueError, match=r"raw/a.jsonl:1: is a preference pair \(chosen, rejected\); set prepare"):
+        run(*ALL_TO_TRAIN)
+    found = run(*ALL_TO_TRAIN, "prepare.preferences=chosen")["train"]
+    assert [contents(row) for row in found] == [{"prompt": f"q{i}", "completion": "a"} for i in range(3)]
+
+
+def test_what_nobody_reads_is_named_once_for_each_source(capsys: pytest.CaptureFixture[str]) -> None:
+    lines("raw/a.jsonl", [{**row, "source": "web", "book": 1, "empty": None} for row in PAIRS[:9]])
+    lines("raw/b.jsonl", [{"messages": [{**ASKED, "time": 1}, ANSWERED], "id": 1}, {**ROUND, "score": 2}])
+    lines("raw/valid.jsonl", PAIRS[10:12])
+    lines("raw/test.jsonl", [{**PAIRS[13], "n\n": 1}])
+    run()
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if "not read" in line] == [
+        "raw/test.jsonl: not read: 'n\\n'",
+        "raw/a.jsonl: not read: source, book",
+        "raw/b.jsonl: not read: id, messages.time, score",
+    ]
+    sources = json.loads(Path("data/prepared/sources.json").read_text(encoding="utf-8"))["sources"]
+    assert {name: about["not_read"] for name, about in sources.items()} == {
+        "raw/a.jsonl": ["source", "book"],
+        "raw/b.jsonl": ["id", "messages.time", "score"],
+        "raw/test.jsonl": ["n\n"],
+        "raw/valid.jsonl": [],
+    }
+    assert [ledger(name)["unread_columns"] for name in ("train", "valid", "test", "all")] == [5, 0, 1, 6]
+
+
+def test_the_column_that_groups_rows_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    lines("raw/a.jsonl", [{**row, "book": i} for i, row in enumerate(PAIRS)])
+    run("prepare.group_by=book")
+    assert "not read" not in capsys.readouterr().out
 
 
 def test_long_rows_are_dropped_and_counted() -> None:

@@ -6,229 +6,148 @@ for a held-out split come first, so that a training row which stands there too i
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
 
-import numpy as np
-
-from stages.corpus import duplicates, split
+from stages.corpus import duplicates
+from stages.corpus.intake import Dropped, Intake, Row
+from stages.corpus.split import Allocation
+from stages.corpus.writing import COUNTED, SplitFiles
 from stages.files.outputs import write_json
+from stages.params.schema import Prepare
 from stages.prepared.ledger import Ledger
-from stages.prepared.row import PreparedRow, row_id
 from stages.prepared.splits import SPLITS
 from stages.readers.find import Source
-from stages.readers.rows import BadRow, RawRow
-from stages.schemas import normalize
-from stages.schemas.content import content_text
-from stages.schemas.schemas import Shape, Shapes
-from stages.schemas.template import EmptyError
 
-REASONS = ("bad", "empty", "too_long", "duplicate", "normalized_duplicate", "leaked")
-COUNTED = ("characters", "normalized", "control_characters", "near_duplicates")
+REASONS = (
+    "bad", "empty", "missing", "label_false", "too_long", "duplicate", "normalized_duplicate", "leaked",
+)  # fmt: skip
 SOURCES_FILE = "sources.json"
-_POOL = "pool"  # rows whose split is decided here; they count as train's until they are moved
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The `prepare` section of params.yaml."""
-
-    seed: int
-    columns: Mapping[str, str]
-    template: str | None
-    valid_fraction: float | None
-    valid_rows: int | None
-    test_fraction: float | None
-    test_rows: int | None
-    group_by: str | None
-    normalize: normalize.Form | None
-    duplicates: Literal["keep", "exact", "normalized"]
-    leaks: Literal["drop", "error"]
-    near_duplicates: float | None
-    max_chars: int | None
-    on_bad_row: Literal["error", "skip"]
 
 
 @dataclass(frozen=True)
 class Report:
-    """The ledger; each source's shape and rows; the first pairs of rows that resemble each other."""
+    """The ledger; of each source, the schema and what nobody reads; the pairs of rows that resemble each other."""
 
     ledger: Ledger
-    shapes: dict[str, str]
+    schemas: dict[str, str]
+    unread: dict[str, list[str]]
     near_pairs: list[tuple[str, str]]
 
 
-def write_corpus(folder: Path, sources: list[Source], recipe: Recipe, advance: Callable[[int], None]) -> Report:
+def write_corpus(folder: Path, sources: list[Source], options: Prepare, advance: Callable[[int], None]) -> Report:
     """Write the splits of `sources` into a new folder, and sources.json, which says what they were made of.
 
     Raises:
         ValueError: a bad row (unless they are skipped), a leak that is an error, or a split without rows.
     """
-    corpus = _Corpus(recipe, held_out={s.split for s in sources if s.split in ("valid", "test")})
-    if recipe.on_bad_row == "error":
+    intake = Intake(options)
+    if options.on_bad_row == "error":
         for source in sources:
-            corpus.check_first(source)
+            intake.check_first(source)
+    provided = {source.split for source in sources if source.split in ("valid", "test")}
+    allocation = Allocation.under(options, provided)
+    sieve, ledger = _Sieve(options), Ledger(REASONS, (*COUNTED, "unread_columns"))
+    schemas: dict[str, str] = {}
+    unread: dict[str, list[str]] = {}
+    bad: list[str] = []
     folder.mkdir()
-    with ExitStack() as stack:
-        for name in (*SPLITS, _POOL):
-            corpus.files[name] = stack.enter_context((folder / f"{name}.jsonl").open("w", encoding="utf-8", newline=""))
-        for origin in ("test", "valid", _POOL):
-            for source in sources:
-                if corpus.origin(source) == origin:
-                    corpus.take(source, advance)
-        corpus.files[_POOL].close()
-        corpus.part_pool(folder / f"{_POOL}.jsonl")
-    (folder / f"{_POOL}.jsonl").unlink()
-    corpus.refuse_empty()
-    made_of = {s.name: {"sha256": s.fingerprint(), "shape": corpus.shapes_of.get(s.name, "none")} for s in sources}
-    rows = {name: corpus.ledger.figures(name)["rows_used"] for name in SPLITS}
-    write_json(folder / SOURCES_FILE, {"rows": rows, "sources": made_of})
-    return Report(corpus.ledger, corpus.shapes_of, corpus.near_pairs)
+    with SplitFiles(folder, ledger) as files:
+        for source in _held_out_first(sources):
+            home = source.split if source.split in provided else None
+            names: dict[str, None] = {}  # in the order in which they occur
+            for row in intake.rows(source, advance):
+                if isinstance(row, Dropped):
+                    if row.message and options.on_bad_row == "error":
+                        raise ValueError(row.message)
+                    bad += [row.message] if row.message and not bad else []
+                    ledger.dropped(home or "train", row.reason)
+                    continue
+                schemas[source.name] = row.schema
+                names.update(dict.fromkeys(row.unread))
+                split = home or (None if allocation.by_count else allocation.split_of(row.point))
+                if reason := sieve.judge(row, split or "train"):
+                    ledger.dropped(split or "train", reason)
+                else:
+                    files.write(row, split, resembles=sieve.note_resemblance(row))
+            unread[source.name] = list(names)
+            ledger.add(home or "train", unread_columns=len(names))
+        if allocation.by_count:
+            files.deal(allocation)
+    _refuse_empty(ledger, [name for name in SPLITS if name in provided or allocation.wants(name)], bad)
+    write_json(folder / SOURCES_FILE, _about(sources, ledger, schemas, unread))
+    return Report(ledger, schemas, unread, sieve.near_pairs)
 
 
-class _Corpus:
-    def __init__(self, recipe: Recipe, held_out: set[str | None]) -> None:
-        self.recipe, self.held_out = recipe, held_out
-        self.ledger = Ledger(REASONS, COUNTED)
-        self.shapes = Shapes(recipe.template, recipe.columns)
-        self.shapes_of: dict[str, str] = {}
+def _held_out_first(sources: Iterable[Source]) -> list[Source]:
+    order = {"test": 0, "valid": 1}
+    return sorted(sources, key=lambda source: order.get(source.split or "", 2))
+
+
+def _about(
+    sources: Iterable[Source], ledger: Ledger, schemas: dict[str, str], unread: dict[str, list[str]]
+) -> dict[str, Any]:
+    made_of = {
+        source.name: {
+            "sha256": source.fingerprint(),
+            "schema": schemas.get(source.name, "none"),
+            "not_read": unread[source.name],
+        }
+        for source in sources
+    }
+    return {"rows": {name: ledger.figures(name)["rows_used"] for name in SPLITS}, "sources": made_of}
+
+
+class _Sieve:
+    """The reasons to drop a row that is good in itself: it is too long, or stands elsewhere too."""
+
+    def __init__(self, options: Prepare) -> None:
+        self._options = options
+        self._seen = duplicates.Seen(options.duplicates)
+        self._near = duplicates.NearDuplicates(options.near_duplicates) if options.near_duplicates is not None else None
         self.near_pairs: list[tuple[str, str]] = []
-        self.files: dict[str, IO[str]] = {}
-        self._seen = duplicates.Seen(recipe.duplicates)
-        self._near = duplicates.NearDuplicates(recipe.near_duplicates) if recipe.near_duplicates is not None else None
-        self._points, self._counts = array("Q"), {name: array("I") for name in COUNTED}  # of the pool's rows
-        # A held-out split that files were made for takes no other rows.
-        self._fractions = {f"{name}_fraction": self._wanted(name, "fraction") for name in ("valid", "test")}
-        self._rows = {name: int(self._wanted(name, "rows")) for name in ("valid", "test")}
-        self._by_count = any(self._rows.values())
 
-    def _wanted(self, name: str, unit: str) -> float:
-        return 0 if name in self.held_out else (getattr(self.recipe, f"{name}_{unit}") or 0)
+    def judge(self, row: Row, split: str) -> str | None:
+        """The reason to drop a row that is meant for this split, or None. The row is remembered.
 
-    def origin(self, source: Source) -> str:
-        return source.split if source.split in ("valid", "test") else _POOL
+        Raises:
+            ValueError: it is leaked, and leaks are an error.
+        """
+        if self._options.max_chars is not None and len(row.text) > self._options.max_chars:
+            return "too_long"
+        verdict = self._seen.judge(row.content, row.text, split)
+        if verdict == "leaked" and self._options.leaks == "error":
+            mend = "remove it from one, or set prepare.leaks: drop"
+            raise ValueError(f"{row.place}: stands in another split too; {mend}")
+        return None if verdict == "new" else verdict
 
-    def check_first(self, source: Source) -> None:
-        """Raise ValueError if a source's first row is bad: before any work is spent on the other sources."""
-        row = next(source.rows())
-        if isinstance(row, BadRow):
-            raise ValueError(str(row))
-        try:
-            self.shapes.detect(self.shapes.renamed(row.fields))
-        except ValueError as error:
-            raise ValueError(f"{row.place}: {_what(error)}") from None
-
-    def take(self, source: Source, advance: Callable[[int], None]) -> None:
-        """Put each row of a source where it belongs."""
-        origin = self.origin(source)
-        shape: Shape | None = None
-        for row in source.rows(advance):
-            reason = str(row) if isinstance(row, BadRow) else None
-            if isinstance(row, RawRow):
-                try:
-                    fields = self.shapes.renamed(row.fields)
-                    shape = shape or self.shapes.detect(fields)
-                    self.shapes_of[source.name] = shape.name
-                    self._place(row.place, fields, shape, origin)
-                except EmptyError:
-                    self.ledger.dropped(_split(origin), "empty")
-                except UnicodeEncodeError:
-                    reason = (
-                        f"{row.place}: holds half of a surrogate pair (\\udXXX), which is no character; mend the row"
-                    )
-                except _LeakError:
-                    raise
-                except (ValueError, TypeError, RecursionError) as error:
-                    reason = f"{row.place}: {_what(error)}"
-            if reason is not None:
-                if self.recipe.on_bad_row == "error":
-                    raise ValueError(reason)
-                self.ledger.dropped(_split(origin), "bad")
-
-    def _place(self, place: str, fields: dict[str, Any], shape: Shape, origin: str) -> None:
-        raw = self.shapes.content(fields, shape)
-        content = normalize.normalized(raw, self.recipe.normalize)
-        text = content_text(content)
-        identity = row_id(text)
-        counts = {
-            "characters": len(text),
-            "normalized": int(content is not raw and content != raw),
-            "control_characters": int(duplicates.has_control(content)),
-            "near_duplicates": 0,
-        }
-        key = identity if self.recipe.group_by is None else f"group:{_group(fields, self.recipe.group_by)}"
-        point = split.point(key, seed=self.recipe.seed)
-        goal = origin if origin != _POOL or self._by_count else split.assign(point, **self._fractions)
-        if self.recipe.max_chars is not None and len(text) > self.recipe.max_chars:
-            self.ledger.dropped(_split(goal), "too_long")
-            return
-        verdict = self._seen.judge(text, _split(goal))
-        if verdict == "leaked" and self.recipe.leaks == "error":
-            raise _LeakError(f"{place}: stands in another split too; remove it from one, or set prepare.leaks: drop")
-        if verdict != "new":
-            self.ledger.dropped(_split(goal), verdict)
-            return
-        if self._near and (earlier := self._near.earlier(text, place)):
-            counts["near_duplicates"] = 1
-            self.near_pairs.append((place, earlier))
-        self.files[goal].write(PreparedRow(identity, place, **content).line())
-        self.ledger.used(_split(goal), **counts)
-        if goal == _POOL:
-            self._points.append(point)
-            for name, column in self._counts.items():
-                column.append(counts[name])
-
-    def part_pool(self, pool: Path) -> None:
-        """Deal out the rows whose split is a matter of counts, once all are known."""
-        if not self._by_count:
-            return
-        points = np.frombuffer(self._points, dtype=np.uint64)
-        wanted = {
-            name: self._rows[name] or round(self._fractions[f"{name}_fraction"] * len(points))
-            for name in ("valid", "test")
-        }
-        last = split.borders(points, **wanted)
-        with pool.open(encoding="utf-8", newline="") as lines:
-            for line, point, *counts in zip(lines, self._points, *self._counts.values(), strict=True):
-                goal = "test" if point <= last["test"] else "valid" if point <= last["valid"] else "train"
-                self.files[goal].write(line)
-                self.ledger.move("train", goal, **dict(zip(COUNTED, counts, strict=True)))
-
-    def refuse_empty(self) -> None:
-        total = self.ledger.figures("all")["rows_used"]
-        for name in SPLITS:
-            wanted = name == "train" or name in self.held_out or self._wanted(name, "fraction") or self._rows[name]
-            if wanted and not self.ledger.splits[name]["rows_used"]:
-                mend = (
-                    f"raise prepare.{name}_fraction (or set it to null, and prepare.{name}_rows to 1 or more)"
-                    if name != "train"
-                    else "lower the other splits' shares"
-                )
-                raise ValueError(f"the {name} split got none of the {total} rows; add rows or {mend}")
+    def note_resemblance(self, row: Row) -> bool:
+        """Note the earlier row that this one resembles, and tell if there is one. The row is remembered."""
+        earlier = self._near.earlier(row.text, row.place) if self._near else None
+        if earlier is not None:
+            self.near_pairs.append((row.place, earlier))
+        return earlier is not None
 
 
-class _LeakError(ValueError):
-    """Not a bad row: skipping it is what `leaks: drop` is for."""
-
-
-def _split(name: str) -> str:
-    return "train" if name == _POOL else name
-
-
-def _what(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "is nested too deep; mend the row"
-    if isinstance(error, TypeError):  # dates, bytes and such in a conversation's further fields
-        return f"holds what JSON cannot ({error}); convert it to text"
-    return str(error) if ";" in str(error) else f"{error}; mend the row or map the columns in prepare.columns"
-
-
-def _group(fields: Mapping[str, Any], name: str) -> str:
-    value = fields.get(name)
-    if not isinstance(value, str | int):
-        raise ValueError(f"has no text or whole number in {name!r}, which prepare.group_by names; mend the row")
-    return str(value)
+def _refuse_empty(ledger: Ledger, wanted: Iterable[str], bad: list[str]) -> None:
+    """Raise ValueError if one of the wanted splits has no rows: with the reasons, or what to do."""
+    total = ledger.figures("all")
+    for name in wanted:
+        if ledger.figures(name)["rows_used"]:
+            continue
+        if total["rows_used"] == 0:
+            reasons = ", ".join(
+                f"{total[f'dropped_{reason}']} {reason}" for reason in REASONS if total[f"dropped_{reason}"]
+            )
+            why = f"the first bad one is {bad[0]}" if bad else "mend the rows, or the parameters of prepare"
+            raise ValueError(
+                f"the {name} split got none of the 0 rows: all {total['rows_in']} were dropped ({reasons}); {why}"
+            )
+        mend = (
+            f"raise prepare.{name}_fraction (or set it to null, and prepare.{name}_rows to 1 or more)"
+            if name != "train"
+            else "lower the other splits' shares"
+        )
+        raise ValueError(f"the {name} split got none of the {total['rows_used']} rows; add rows or {mend}")

@@ -16,6 +16,7 @@ from stages.schemas.content import Content
 Verdict = Literal["new", "duplicate", "normalized_duplicate", "leaked"]
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_PROMPT = 2**32 - 1
 _SHINGLE, _PERMUTATIONS, _BANDS = 5, 128, 32
 
 
@@ -31,29 +32,45 @@ def plain(text: str) -> str:
 
 
 class Seen:
-    """The rows so far, each in about 120 bytes: a digest of its plain text → a digest of its text, and its split."""
+    """The rows so far, each in about 120 bytes: a digest of its text, plain or as it is → what tells it from others.
+
+    That is 64 bits of its exact text, 32 of its prompt's length (0: it has none), and 2 of its split.
+    """
 
     def __init__(self, mode: Literal["keep", "exact", "normalized"]) -> None:
         self._mode = mode
         self._rows: dict[int, int] = {}
 
-    def judge(self, text: str, split: str) -> Verdict:
-        """What a row of this text, meant for this split, is to the rows before it. A new one is remembered.
+    def judge(self, content: Content, text: str, split: str) -> Verdict:
+        """What a row of this content and text, meant for this split, is to those before it. A new one is remembered.
 
         A row is leaked if another split has it already: held-out splits must be shown first.
         """
-        exact = _digest(text)
-        key = exact if self._mode == "exact" else _digest(plain(text))
-        place = SPLITS.index(split)
-        before = self._rows.setdefault(key, -1)
-        if before == -1:
-            self._rows[key] = exact << 2 | place
+        prompt, key = self._sides(content, text)
+        row = (_digest(text) << 32 | prompt) << 2 | SPLITS.index(split)
+        before = self._rows.setdefault(key, row)
+        if before is not row and prompt and before >> 2 & _PROMPT not in (0, prompt):
+            # The same text, parted elsewhere: another row.
+            before = self._rows.setdefault(_digest(f"{key} {prompt}"), row)
+        if before is row:
             return "new"
-        if before & 3 != place:
+        if before & 3 != row & 3:
             return "leaked"
         if self._mode == "keep":
             return "new"
-        return "duplicate" if before >> 2 == exact else "normalized_duplicate"
+        return "duplicate" if before >> 34 == row >> 34 else "normalized_duplicate"
+
+    def _sides(self, content: Content, text: str) -> tuple[int, int]:
+        """The length of a row's prompt and the digest of its text, in the form in which rows are compared."""
+        if "prompt" not in content:
+            return 0, _digest(text if self._mode == "exact" else plain(text))
+        prompt, completion = content["prompt"], content["completion"]
+        if self._mode != "exact":
+            # Plain text of the whole, put together from its sides, of which one is needed by itself.
+            gap = " " if prompt[-1:].isspace() or completion[:1].isspace() else ""
+            prompt, completion = plain(prompt), plain(completion)
+            text = prompt + gap + completion
+        return len(prompt) & _PROMPT, _digest(text)
 
 
 def _digest(text: str) -> int:

@@ -1,11 +1,14 @@
-"""Which split a row belongs to: a pure function of its own text or group, so that new rows move no old ones."""
+"""The split that a row belongs to: a pure function of its own text or group, so that new rows move no old ones."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import numpy as np
+
+from stages.params.schema import Prepare
 
 
 def point(key: str, *, seed: int) -> int:
@@ -13,12 +16,47 @@ def point(key: str, *, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest(), "big")
 
 
-def assign(place: int, *, valid_fraction: float, test_fraction: float) -> str:
-    """The split of a point: test lies at the start of the range, valid after it, train takes the rest."""
-    share = place / 2**64
-    if share < test_fraction:
-        return "test"
-    return "valid" if share < test_fraction + valid_fraction else "train"
+@dataclass(frozen=True)
+class Allocation:
+    """How much of the rows without a split of their own each held-out split takes: fractions, or numbers of rows."""
+
+    fractions: Mapping[str, float]
+    rows: Mapping[str, int]
+
+    @classmethod
+    def under(cls, options: Prepare, provided: Collection[str | None]) -> Allocation:
+        """What the parameters say, but nothing for the splits that files are provided for."""
+        fractions = {"valid": options.valid_fraction, "test": options.test_fraction}
+        rows = {"valid": options.valid_rows, "test": options.test_rows}
+        return cls(
+            {name: 0 if name in provided else value or 0 for name, value in fractions.items()},
+            {name: 0 if name in provided else value or 0 for name, value in rows.items()},
+        )
+
+    @property
+    def by_count(self) -> bool:
+        """Numbers of rows can be had only when all rows are known."""
+        return any(self.rows.values())
+
+    def wants(self, name: str) -> bool:
+        """True if a split should have rows of those without a split."""
+        return name == "train" or bool(self.fractions[name] or self.rows[name])
+
+    def split_of(self, place: int) -> str:
+        """The split of a point by fractions: test at the start of the range, valid after it, train the rest."""
+        share = place / 2**64
+        if share < self.fractions["test"]:
+            return "test"
+        return "valid" if share < self.fractions["test"] + self.fractions["valid"] else "train"
+
+    def borders(self, points: np.ndarray) -> Mapping[str, int]:
+        """The last point of test and of valid by numbers of rows, or -1.
+
+        Raises:
+            ValueError: the rows do not suffice.
+        """
+        wanted = {name: self.rows[name] or round(self.fractions[name] * len(points)) for name in self.rows}
+        return borders(points, **wanted)
 
 
 def borders(points: np.ndarray, *, valid: int, test: int) -> Mapping[str, int]:

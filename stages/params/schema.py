@@ -41,6 +41,8 @@ class Prepare(Section):
     leaks: Literal["drop", "error"]
     near_duplicates: Annotated[float, Field(gt=0, le=1)] | None
     max_chars: Positive | None
+    preferences: Literal["error", "chosen"]
+    labels: Literal["error", "drop_false", "ignore"]
     on_bad_row: Literal["error", "skip"]
 
     @pydantic.model_validator(mode="after")

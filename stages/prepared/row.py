@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +30,24 @@ class PreparedRow:
 
     def line(self) -> str:
         """The row as a line of JSON."""
-        fields = {name: value for name, value in asdict(self).items() if value is not None}
-        return json.dumps(fields, ensure_ascii=False) + "\n"
+        fields = {name: getattr(self, name) for name in self.__slots__ if getattr(self, name) is not None}
+        return _ENCODER.encode(fields) + "\n"
 
 
-def row_id(text: str) -> str:
-    """A stable name for a row: 16 hex digits of its text's BLAKE2b."""
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+def text_id(text: str, salt: bytes = b"") -> str:
+    """A stable name for a text: 16 hex digits of its BLAKE2b."""
+    return hashlib.blake2b(text.encode(), digest_size=8, salt=salt).hexdigest()
+
+
+def row_id(text: str, prompt: str | None) -> str:
+    """A stable name for a row of this text, of which `prompt` is the beginning, if it has one.
+
+    It is the text's, where the completion is the text's last line, as usual. Elsewhere the prompt's length counts as
+    well: two rows whose prompt and completion only join to the same text have two names.
+    """
+    if prompt is None or len(prompt) == text.rfind("\n") + 1:
+        return text_id(text)
+    return text_id(text, len(prompt).to_bytes(8, "big"))
 
 
 def read_prepared(path: Path) -> Iterator[PreparedRow]:

@@ -1,7 +1,10 @@
 """Parquet, Arrow and datasets saved to disk → raw rows, a slice of a record batch at a time.
 
-A row's place is `file:row`, counted from 1. Source: Apache Arrow's IPC formats; `Dataset.save_to_disk` of Hugging Face
-datasets, which writes Arrow streams beside a state.json that names them.
+A row's place is `file:row`, counted from 1. These formats unite the keys of all rows: what is null inside a nested
+value is a key that other rows have, and is left out here.
+
+Source: Apache Arrow's IPC formats; `Dataset.save_to_disk` of Hugging Face datasets, which writes Arrow streams beside a
+state.json that names them.
 """
 
 from __future__ import annotations
@@ -59,6 +62,15 @@ def saved_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def without_nulls(value: Any) -> Any:
+    """A nested value without the keys that hold null, at any depth; a list keeps its nulls."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
 def _batches(source: Any) -> Iterator[Any]:
     import pyarrow as pa
 
@@ -73,13 +85,21 @@ def _batches(source: Any) -> Iterator[Any]:
 
 
 def _rows(path: Path, batches: Iterator[Any], advance: Advance, row_bytes: float) -> Iterator[RawRow | BadRow]:
+    import pyarrow as pa
+
     number = 0
     try:
         for batch in batches:
+            if twice := next((name for name in batch.schema.names if batch.schema.names.count(name) > 1), None):
+                yield BadRow(f"{path}:1", f"two columns are called {twice!a}; rename one")
+                return
+            nested = [field.name for field in batch.schema if pa.types.is_nested(field.type)]
             for start in range(0, len(batch), _SLICE):
                 part = batch.slice(start, _SLICE)
                 for fields in part.to_pylist():
                     number += 1
+                    for name in nested:
+                        fields[name] = without_nulls(fields[name])
                     yield RawRow(f"{path}:{number}", fields)
                 advance(int(row_bytes * len(part)))
     except _broken() as error:

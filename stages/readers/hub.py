@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from stages.readers.columnar import without_nulls
 from stages.readers.rows import BadRow, RawRow
 
 
@@ -35,6 +36,6 @@ def load(name: str) -> dict[str, Any]:
 
 
 def read_split(place: str, rows: Any) -> Iterator[RawRow | BadRow]:
-    """The rows of one split, at `org/name/split:row`."""
+    """The rows of one split, at `org/name/split:row`; the library keeps them as Arrow."""
     for number, fields in enumerate(rows, start=1):
-        yield RawRow(f"{place}:{number}", dict(fields))
+        yield RawRow(f"{place}:{number}", {name: without_nulls(value) for name, value in fields.items()})

@@ -1,4 +1,4 @@
-"""JSON Lines and JSON arrays → raw rows, as a stream.
+"""JSON Lines and JSON arrays → raw rows, as a stream. A null stays a null.
 
 Source: jsonlines.org; RFC 8259.
 """
@@ -11,7 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stages.readers.rows import Advance, BadRow, RawRow, broken_stream, not_utf8, nothing, open_bytes, read_lines
+from stages.readers.json_text import DECODER, DuplicateKeyError, decode
+from stages.readers.rows import (
+    BYTE_ORDER_MARK,
+    SECOND_FILE,
+    Advance,
+    BadRow,
+    RawRow,
+    broken_stream,
+    not_utf8,
+    nothing,
+    open_bytes,
+    read_lines,
+)
 
 _CHUNK = 1 << 20
 _EXAMPLE = '{"question": "…", "answer": "…"}'
@@ -28,8 +40,12 @@ def read_jsonl(path: Path, advance: Advance = nothing) -> Iterator[RawRow | BadR
 
 def parse(text: str, place: str) -> RawRow | BadRow:
     """One JSON object as a row."""
+    if text.startswith(BYTE_ORDER_MARK):
+        return BadRow(place, SECOND_FILE)
     try:
-        fields = json.loads(text)
+        fields = decode(text)
+    except DuplicateKeyError as error:
+        return BadRow(place, str(error))
     except (ValueError, RecursionError) as error:
         return BadRow(place, f"not valid JSON ({_what(error)}); each line must hold one object")
     if not isinstance(fields, dict):
@@ -79,18 +95,15 @@ class _Array:
             while True:
                 place = self._place()
                 try:
-                    value = self._value()
+                    row = self._element(place)
+                except UnicodeDecodeError:
+                    raise
                 except (ValueError, RecursionError) as error:
                     if isinstance(error, json.JSONDecodeError):
                         place = f"{self.path}:{self.line + self.text.count(chr(10), self.at, error.pos)}"
                     yield BadRow(place, f"not valid JSON ({_what(error)}); the file must be an array of objects")
                     return
-                good = isinstance(value, dict)
-                yield (
-                    RawRow(place, value)
-                    if good
-                    else BadRow(place, f"must be an object such as {_EXAMPLE}, not {_kind(value)}")
-                )
+                yield row
                 mark = self._next_mark()
                 self._step(len(mark))
                 if mark == "]":
@@ -103,11 +116,21 @@ class _Array:
         if mark := self._next_mark():
             yield BadRow(self._place(), f"{mark!r} after the array's end; a file holds one array")
 
-    def _value(self) -> Any:
+    def _element(self, place: str) -> RawRow | BadRow:
+        try:
+            value = self._value()
+        except DuplicateKeyError as error:
+            self._value(json.JSONDecoder())  # the array goes on behind it
+            return BadRow(place, str(error))
+        if not isinstance(value, dict):
+            return BadRow(place, f"must be an object such as {_EXAMPLE}, not {_kind(value)}")
+        return RawRow(place, value)
+
+    def _value(self, decoder: json.JSONDecoder = DECODER) -> Any:
         """Parse the value that starts here, reading on until it is whole."""
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self.text, self.at)
+                value, end = decoder.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 unfinished = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - 16
                 if not (unfinished and self._more()):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+BYTE_ORDER_MARK = "\ufeff"
+SECOND_FILE = "a byte-order mark: a second file begins here; part the two, or remove the mark (and a second header)"
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 
 Advance = Callable[[int], None]  # hears how many bytes of a file were just read
@@ -20,10 +22,14 @@ Advance = Callable[[int], None]  # hears how many bytes of a file were just read
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row of a file, and its place as `file:line` (of Parquet and Arrow: `file:row`)."""
+    """One row of a file, and its place as `file:line` (of Parquet and Arrow: `file:row`).
+
+    `missing` names the columns whose cell spells a missing value (CSV): the cell itself is empty here.
+    """
 
     place: str
     fields: dict[str, Any]
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 from stages.chat.template import ChatTemplate
 from stages.chat.tokenizer import TextTokenizer
 from stages.schemas import normalize
-from stages.schemas.schemas import Shapes
+from stages.schemas.schemas import Schemas
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Prompts:
         normalize: normalize.Form | None,
         chat_template: str | None,
     ) -> None:
-        self._shapes, self._columns, self._form = Shapes(template), columns, normalize
+        self._schemas, self._columns, self._form = Schemas(template), columns, normalize
         self._chat, self._tokenizer = ChatTemplate(tokenizer, chat_template), TextTokenizer(tokenizer)
 
     def of_row(self, fields: Mapping[str, Any]) -> Prompt:
@@ -42,7 +42,7 @@ class Prompts:
             ValueError: it has none of them, or the chat template rejects it.
         """
         renamed = dict(fields) | {ours: fields[theirs] for ours, theirs in self._columns.items() if theirs in fields}
-        asked = normalize.normalized(self._shapes.asked(renamed), self._form)
+        asked = normalize.normalized(self._schemas.asked(renamed), self._form)
         if "messages" in asked:
             text = self._chat.render(asked["messages"], asked.get("tools"), ask=True)
             return Prompt(text, self._tokenizer.prompt_ids(text, rendered=True))
@@ -53,7 +53,7 @@ class Prompts:
 
         Where the template has several such columns or none, the words are the text to continue.
         """
-        template = self._shapes.template
+        template = self._schemas.template
         if template is None:
             return self.of_row({"prompt": words})
         columns = {name for name in template.columns[:-1] if name not in template.optional}

@@ -7,8 +7,10 @@ prompt, the rest the completion, the part that the model is to produce.
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from stages.schemas.text import holds, text_of
 
 
 class Template:
@@ -47,33 +49,6 @@ class Template:
         return "".join(literal + (self._column(row, name) if name else "") for literal, name in parts)
 
     def _column(self, row: Mapping[str, Any], name: str) -> str:
-        if name in self.optional and row.get(name) in (None, ""):
+        if name in self.optional and not holds(row.get(name)):
             return ""
         return text_of(row, name)
-
-
-class EmptyError(ValueError):
-    """A column that should hold the row's text holds none: the row is dropped, it is no mistake."""
-
-
-def text_of(row: Mapping[str, Any], name: str) -> str:
-    """The text in a row's column.
-
-    Raises:
-        ValueError: there is no such column, or it holds something else.
-        EmptyError: it holds nothing, or white space only.
-    """
-    if name not in row:
-        raise ValueError(f"has no {name!r} (it has: {listed(row)})")
-    value = row[name]
-    if not isinstance(value, str):
-        raise ValueError(f"{name!r} must be text, not {'null' if value is None else type(value).__name__}")
-    if not value.strip():
-        raise EmptyError(f"{name!r} is empty")
-    return value
-
-
-def listed(names: Iterable[Any], limit: int = 8) -> str:
-    """Column names for a message of one line, whatever they are made of."""
-    shown = [str(name) if str(name).isprintable() else ascii(name) for name in names]
-    return ", ".join([*shown[:limit], *(["…"] if len(shown) > limit else [])]) or "nothing"

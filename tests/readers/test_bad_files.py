@@ -38,6 +38,14 @@ def chat(*turns: Any) -> str:
     return json.dumps({"messages": list(turns)}) + "\n"
 
 
+def row(**fields: Any) -> str:
+    return json.dumps(fields) + "\n"
+
+
+def call(arguments: str) -> dict[str, Any]:
+    return {**BOT, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}]}
+
+
 USER, BOT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "b"}
 
 # name of the file: its content, and what the line says; {} stands for the file
@@ -58,11 +66,18 @@ BAD: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", GOOD + '{"question": null, "answer": "a"}\n', "{}:2: 'question' must be text, not null"),
     ("a.jsonl", GOOD + '{"question": "q", "answer": ["a"]}\n', "{}:2: 'answer' must be text, not list"),
     ("a.jsonl", GOOD + '{"question": "\\ud800", "answer": "a"}\n', "{}:2: holds half of a surrogate pair"),
-    ("a.jsonl", GOOD + chat(USER, BOT), "{}:2: mixed shapes: this row is messages, the first one question+answer"),
-    ("a.jsonl", '{"text": "t"}\n' + GOOD, "{}:2: mixed shapes: this row is question+answer, the first one text"),
+    ("a.jsonl", GOOD + chat(USER, BOT), "{}:2: mixed schemas: this row is messages, the first one question+answer"),
+    ("a.jsonl", '{"text": "t"}\n' + GOOD, "{}:2: mixed schemas: this row is question+answer, the first one text"),
     ("a.jsonl", '{"frage": "q"}\n', "{}:1: no known columns (it has: frage; wanted: messages; conversations; "),
     ("a.jsonl", '{"a\\nb": "q"}\n', "{}:1: no known columns (it has: 'a\\nb'; wanted"),
     ("a.jsonl", GOOD.encode() + b'{"question": "\xff"}\n', "{}:2: byte 15 (0xff) is not UTF-8; save the file as UTF-8"),
+    ("a.jsonl", GOOD + "\ufeff" + GOOD, "{}:2: a byte-order mark: a second file begins here; part the two"),
+    (
+        "a.jsonl",
+        GOOD + '{"question": "q", "answer": "a", "question": "r"}\n',
+        "{}:2: the key 'question' stands twice in",
+    ),
+    ("a.jsonl", GOOD + row(**PAIR, meta={}).replace("{}", '{"a": 1, "a": 2}'), "{}:2: the key 'a' stands twice in one"),
     ("a.jsonl", GOOD.encode("utf-16"), "{}:1: this is UTF-16 (byte 1); save the file as UTF-8"),
     ("a.jsonl", '{"question": "물", "answer": "a"}\n'.encode("cp949"), "{}:1: byte 15 (0xb9) is not UTF-8"),
     # Compressed
@@ -78,6 +93,7 @@ BAD: list[tuple[str, str | bytes, str]] = [
     ("a.json", f"[{GOOD}, 3]", "{}:2: must be an object such as"),
     ("a.json", f"[{GOOD}]\n]", "{}:3: ']' after the array's end; a file holds one array"),
     ("a.json", f"[{GOOD},\n{{'question'}}]", "{}:3: not valid JSON"),
+    ("a.json", f'[{GOOD},{{"answer": "a", "answer": "b"}}]', "{}:2: the key 'answer' stands twice in one object; keep"),
     ("a.json", '{\n "data": []\n}', "{}:1: not valid JSON"),
     ("a.json", b'[{"question": "\xff"}]', "{}:1: byte 16 (0xff) is not UTF-8; save the file as UTF-8"),
     # CSV and TSV
@@ -91,6 +107,11 @@ BAD: list[tuple[str, str | bytes, str]] = [
     ("a.csv", "question,\nq,a\n", "{}:1: column 2 has no name; the first line must name the columns"),
     ("a.csv", "answer,answer\nq,a\n", "{}:1: two columns are called 'answer'; rename one"),
     ("a.csv", b"question,answer\nq,\xe9\n", "{}:2: byte 3 (0xe9) is not UTF-8; save the file as UTF-8"),
+    ("a.csv", 'question,answer\nq, "a"\n', "{}:2: a blank stands between a delimiter and a quote; remove it, or quote"),
+    ("a.csv", "question,answer\nq,a\nquestion,answer\n", "{}:3: the header stands here again: a second file begins;"),
+    ("a.csv", "question,answer\nq,a\n\ufeffquestion,answer\n", "{}:3: a byte-order mark: a second file begins here;"),
+    ("a.csv", 'messages\n"[{""role"": 1, ""role"": 2}]"\n', "{}:2: 'messages': the key 'role' stands twice in one"),
+    ("a.tsv", 'question\tanswer\nq\t "a"\n', "{}:2: a blank stands between a delimiter and a quote; remove it"),
     ("a.tsv", "question\tanswer\nq\n", "{}:2: 1 cells where the header has 2"),
     # Parquet and Arrow
     ("a.parquet", b"PAR1 and then nothing", "{}:1: not a readable Parquet file ("),
@@ -107,13 +128,75 @@ BAD: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", chat(USER, {"content": "x"}), "{}:1: turn 2 has no 'role'; name who speaks, such as user or assistant"),
     ("a.jsonl", chat({"role": "oracle", "content": "x"}), "{}:1: turn 1 has the unknown role 'oracle'; known: system"),
     ("a.jsonl", chat(USER, {"role": "assistant"}), "{}:1: turn 2 (assistant): has no 'content'"),
-    ("a.jsonl", chat({"role": "user", "content": [1]}), "{}:1: turn 1 (user): 'content' must be text, not list"),
+    ("a.jsonl", chat({"role": "user", "content": {}}), "{}:1: turn 1 (user): 'content' must be text, not dict"),
+    ("a.jsonl", chat({"role": "user", "content": [1]}), "{}:1: turn 1 (user): part 1 of 'content' must be text, as"),
+    (
+        "a.jsonl",
+        chat({"role": "user", "content": [{"type": "image_url"}]}),
+        "part 1 of 'content' is of type 'image_url'",
+    ),
+    ("a.jsonl", chat({**USER, "tool_calls": [1]}), "{}:1: turn 1 (user) has 'tool_calls'; only an assistant's turn"),
+    (
+        "a.jsonl",
+        chat(USER, {**BOT, "weight": 0.5}),
+        "{}:1: turn 2 (assistant): 'weight' is 0.5; a turn is learned or not",
+    ),
+    (
+        "a.jsonl",
+        chat(USER, {**BOT, "tool_calls": [1]}),
+        "{}:1: turn 2 (assistant): 'tool_calls', call 1 must be an obj",
+    ),
+    ("a.jsonl", chat(USER, call("{'a': 1}")), "call 1: 'arguments' is text, but not JSON; it must be an object"),
+    ("a.jsonl", chat(USER, call("[1]")), "call 1: 'arguments' must be an object, not list; mend the call"),
+    (
+        "a.jsonl",
+        chat(USER, call('{"a": 1, "a": 2}')),
+        "call 1: 'arguments': the key 'a' stands twice in one object; keep",
+    ),
+    (
+        "a.jsonl",
+        chat(USER, {"role": "function_call", "content": "f()"}),
+        "is text, but not JSON; it must be a call such as",
+    ),
+    ("a.jsonl", chat(USER, {**BOT, "thinking": 1}), "{}:1: turn 2 (assistant): 'thinking' must be text, not int"),
+    ("a.jsonl", row(messages=[USER, BOT], system=1), "{}:1: 'system' must be text, not int"),
+    (
+        "a.jsonl",
+        row(messages=[{"role": "system", "content": "s"}, USER, BOT], system="t"),
+        "{}:1: its 'system' and the system turn say different things; keep one of them",
+    ),
+    (
+        "a.jsonl",
+        row(messages=[USER, BOT], tools=[{"name": "f", "parameters": 1}]),
+        "tool 1: 'parameters' must be an obj",
+    ),
     ("a.jsonl", '{"messages": {}}\n', "{}:1: 'messages' must be a list of turns, not dict"),
     ("a.jsonl", '{"conversations": "hi"}\n', "{}:1: 'conversations' is text, but not JSON; it must be a list"),
     (
         "a.jsonl",
         '{"messages": [{"role": "user", "content": "u"}], "tools": [1]}',
         "{}:1: 'tools' must be a list of obje",
+    ),
+    # What stands beside the text
+    ("a.jsonl", row(**PAIR, history=[["q", "a"]]), "{}:1: has history, which prepare.template leaves out; set prepare"),
+    (
+        "a.jsonl",
+        row(**PAIR, system="s"),
+        "{}:1: has system, which prepare.template leaves out; set prepare.template: null",
+    ),
+    ("a.jsonl", row(**PAIR, images=["a.png"]), "{}:1: holds images; only text is trained here: remove the column"),
+    ("a.jsonl", row(caption="c", image="a.png"), "{}:1: holds image; only text is trained here: remove the column"),
+    ("a.jsonl", row(question="<image>", answer="a", images=[]), "{}:1: has <image> in its text; only text is trained"),
+    (
+        "a.jsonl",
+        row(prompt="q", chosen="a", rejected="b"),
+        "{}:1: is a preference pair (chosen, rejected); set prepare",
+    ),
+    ("a.jsonl", row(messages=[USER], chosen=BOT, rejected=BOT), "{}:1: is a preference pair (chosen, rejected); set"),
+    (
+        "a.jsonl",
+        row(prompt="q", completion="a", label=False),
+        "{}:1: its 'label' says whether the answer is wanted; set",
     ),
     # Files
     ("a.xlsx", "", "a.xlsx: not a kind of file that is known here; bring .jsonl, .json, .csv"),
@@ -182,7 +265,14 @@ EMPTY: list[tuple[list[str], str]] = [
         ["prepare.valid_fraction=null", "prepare.valid_rows=5"],
         "5 rows for valid and some to train on need more than the 1 there are; lower prepare.valid_rows",
     ),
-    ([*ALL_TO_TRAIN, "prepare.max_chars=3"], "the train split got none of the 0 rows"),
+    (
+        [*ALL_TO_TRAIN, "prepare.max_chars=3"],
+        "the train split got none of the 0 rows: all 1 were dropped (1 too_long); mend the rows, or the parameters",
+    ),
+    (
+        [*ALL_TO_TRAIN, "prepare.on_bad_row=skip", "prepare.columns={text: body}"],
+        "the train split got none of the 0 rows: all 1 were dropped (1 bad); the first bad one is a.jsonl:1: has no",
+    ),
 ]
 
 

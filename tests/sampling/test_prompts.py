@@ -9,7 +9,7 @@ import pytest
 from stages.encoding.encoder import Encoder
 from stages.prepared.row import PreparedRow
 from stages.sampling.prompts import Prompts
-from stages.schemas.schemas import Shapes
+from stages.schemas.schemas import Schemas
 from tests.support.tokenizers import CHATML, tokenizer
 
 
@@ -23,8 +23,8 @@ def prompts(made: Any, template: str | None = "Q: {question}\nA: {answer}", **op
 def test_a_prompt_is_the_start_of_its_training_row(template: str | None, bos: bool) -> None:
     made = tokenizer(bos=bos, template="<s>" + CHATML if bos else CHATML)
     row = {"question": "why?", "answer": "so."}
-    shapes = Shapes(template)
-    content = shapes.content(row, shapes.detect(row))
+    schemas = Schemas(template)
+    content = schemas.read(row, schemas.detect(row)).content
     [encoded] = Encoder(made, max_length=512, train_on="completion").encode([PreparedRow("1", "f:1", **content)])
     ids = prompts(made, template).of_row({"question": "why?"}).ids
     trained = encoded.rows[0].loss_mask.argmax()

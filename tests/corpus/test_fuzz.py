@@ -10,15 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.corpus.corpus import Recipe, write_corpus
+from stages.corpus.corpus import write_corpus
+from stages.params.schema import Prepare
 from stages.readers import find as readers
 from stages.readers.rows import BadRow, RawRow
 
 NAMES = ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.arrow", "a.jsonl.gz", "a.csv.zst"]
-RECIPE = Recipe(
-    seed=0, columns={}, template="{question}{answer}", valid_fraction=0.1, valid_rows=None, test_fraction=0.1,
-    test_rows=None, group_by=None, normalize="NFC", duplicates="normalized", leaks="drop", near_duplicates=None,
-    max_chars=None, on_bad_row="skip",
+OPTIONS = Prepare(
+    seed=0, dataset=None, columns={}, template="{question}{answer}", valid_fraction=0.1, valid_rows=None,
+    test_fraction=0.1, test_rows=None, group_by=None, normalize="NFC", duplicates="normalized", leaks="drop",
+    near_duplicates=None, max_chars=None, preferences="chosen", labels="drop_false", on_bad_row="skip",
 )  # fmt: skip
 
 pieces = st.sampled_from(
@@ -44,26 +45,37 @@ def test_no_bytes_break_a_reader(name: str, content: bytes, packed: bool) -> Non
         assert all(isinstance(row, RawRow | BadRow) and row.place.startswith(str(path)) for row in found)
         assert all("\n" not in str(row) for row in found if isinstance(row, BadRow))
         try:
-            write_corpus(Path(folder) / "out", [source], RECIPE, lambda count: None)
+            write_corpus(Path(folder) / "out", [source], OPTIONS, lambda count: None)
         except ValueError as error:
             assert "split got none" in str(error)
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-turn_keys = st.sampled_from(["role", "content", "from", "value", "tool_calls", "x"])
-turns = st.dictionaries(turn_keys, scalars | st.sampled_from(["user", "gpt", "assistant"]), max_size=3)
+turn_keys = st.sampled_from(
+    ["role", "content", "from", "value", "tool_calls", "function_call", "function", "name", "arguments", "type", "text"]
+)
+words = st.sampled_from(["user", "gpt", "assistant", "function_call", "text", "f", '{"name": "f"}', "[]"])
+inner = st.dictionaries(turn_keys, scalars | words, max_size=3)
+turns = st.dictionaries(turn_keys, scalars | words | inner | st.lists(inner | scalars, max_size=2), max_size=4)
 json_values = scalars | st.lists(scalars | turns | st.lists(turns, max_size=2), max_size=3) | turns
-columns = st.sampled_from(["text", "prompt", "completion", "question", "answer", "messages", "conversations", "tools"])
+columns = st.sampled_from(
+    ["text", "prompt", "completion", "question", "answer", "messages", "conversations", "tools", "system", "history",
+     "chosen", "rejected", "chosen_messages", "preferred_output", "input", "label", "images", "instruction", "output"]
+)  # fmt: skip
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.dictionaries(columns, json_values, max_size=4), min_size=1, max_size=4))
-def test_no_values_break_prepare(rows: list[dict[str, object]]) -> None:
+@given(
+    st.lists(st.dictionaries(columns, json_values, max_size=4), min_size=1, max_size=4),
+    st.sampled_from(["{question}{answer}", "{prompt}{completion}", None]),
+)
+def test_no_values_break_prepare(rows: list[dict[str, object]], template: str | None) -> None:
+    options = OPTIONS.model_copy(update={"template": template})
     with tempfile.TemporaryDirectory() as folder:
         read = [RawRow(f"rows:{i}", row) for i, row in enumerate(rows, start=1)]
         source = readers.Source("rows", None, 0, lambda advance: iter(read))
         try:
-            report = write_corpus(Path(folder) / "out", [source], RECIPE, lambda count: None)
+            report = write_corpus(Path(folder) / "out", [source], options, lambda count: None)
         except ValueError as error:
             assert "split got none" in str(error)
         else:

@@ -1,0 +1,103 @@
+"""Rows that say which answers are wanted: preference pairs, and labels of true and false (KTO).
+
+A pair is `chosen` and `rejected`, beside a conversation, a prompt or a question, or each a whole conversation; each is
+text, a turn or a list of turns. Sources: TRL's dataset formats; LLaMA-Factory's; OpenAI's preference fine-tuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+from stages.schemas.conversation import role_of
+from stages.schemas.structured import parsed
+from stages.schemas.text import DroppedError, holds, listed, text_of
+
+Preferences = Literal["error", "chosen"]
+Labels = Literal["error", "drop_false", "ignore"]
+
+_CHOSEN = ("chosen", "chosen_messages", "preferred_output")
+_REJECTED = ("rejected", "rejected_messages", "non_preferred_output")
+LABELS = ("label", "kto_tag")
+_TRUTH = {"true": True, "false": False}  # as CSV spells it
+_CONVERSATIONS = ("messages", "conversations")
+# A question's column → its answer's.
+_ANSWERS = {"prompt": "completion", "question": "answer", "instruction": "output"}
+
+
+class UnwantedError(DroppedError):
+    """The row's label says that its answer is not wanted."""
+
+    reason = "label_false"
+
+
+def resolve_label(row: Mapping[str, Any], labels: Labels, decided: Collection[str]) -> None:
+    """Pass a row whose answer is wanted. `decided` are the columns that the parameters name.
+
+    Raises:
+        ValueError: it has a label, and labels are an error.
+        UnwantedError: its label is false, and such rows are dropped.
+    """
+    if labels == "ignore":
+        return
+    for name in LABELS:
+        value = row.get(name)
+        truth = _TRUTH.get(value.strip().lower()) if isinstance(value, str) else value
+        if not isinstance(truth, bool) or name in decided:
+            continue
+        if labels == "error":
+            raise ValueError(
+                f"its {name!r} says whether the answer is wanted; set prepare.labels: drop_false to train on those "
+                "that are, or ignore to train on all"
+            )
+        if not truth:
+            raise UnwantedError(f"its {name!r} is false")
+
+
+def resolve_pair(row: dict[str, Any], preferences: Preferences, decided: Collection[str]) -> dict[str, Any]:
+    """The row itself or, of a preference pair, a row whose answer is the chosen one.
+
+    Raises:
+        ValueError: it is a pair and pairs are an error, or its chosen answer cannot be used.
+    """
+    held = [
+        name for name in (*_CHOSEN, *_REJECTED) if isinstance(row.get(name), str | list | Mapping) and holds(row[name])
+    ]
+    if not held or any(name in decided for name in _CHOSEN):
+        return row
+    if preferences == "error":
+        raise ValueError(
+            f"is a preference pair ({listed(held)}); set prepare.preferences: chosen to train on the chosen answer"
+        )
+    name = next((name for name in held if name in _CHOSEN), None)
+    if name is None:
+        raise ValueError(f"has {listed(held)}, but no chosen answer; mend the row")
+    rest = {key: value for key, value in row.items() if key not in _CHOSEN and key not in _REJECTED}
+    if name == "preferred_output" and isinstance(rest.get("input"), Mapping):
+        rest |= rest.pop("input")  # OpenAI's: the messages and tools before the answer
+    chosen = row[name] if name == "chosen" else parsed(row[name], name)
+    return _with_answer(rest, [chosen] if isinstance(chosen, Mapping) else chosen, name)
+
+
+def _with_answer(rest: dict[str, Any], chosen: Any, name: str) -> dict[str, Any]:
+    """A row of the other columns and the chosen answer: text, or a list of turns."""
+    turns = isinstance(chosen, list)
+    if turns and chosen and role_of(chosen[0]) != "assistant":  # the whole conversation
+        before = (*_CONVERSATIONS, *_ANSWERS, *_ANSWERS.values())
+        return {key: value for key, value in rest.items() if key not in before} | {"messages": chosen}
+    for column in _CONVERSATIONS:
+        if holds(rest.get(column)):
+            prompt = parsed(rest.pop(column), column)
+            return rest | {"prompt": prompt, "completion": chosen}
+    for question, answer in _ANSWERS.items():
+        if question in rest:
+            return rest | {answer: _only_text(chosen, name) if turns and question != "prompt" else chosen}
+    return rest | {"messages" if turns else "text": chosen}
+
+
+def _only_text(turns: list[Any], name: str) -> str:
+    turn = turns[0] if len(turns) == 1 and isinstance(turns[0], Mapping) else {}
+    column = next((column for column in ("content", "value") if column in turn), None)
+    if column is None:
+        raise ValueError(f"{name!r} must be one answer of text beside a question; mend the row")
+    return text_of(turn, column)

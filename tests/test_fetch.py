@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -378,6 +379,7 @@ def test_lost_file_of_the_store_is_fetched_again(pip: Pip, out: Path) -> None:
 def test_damaged_list_of_sums_is_made_again(pip: Pip, out: Path, content: bytes) -> None:
     first = run(out, ALIAS)
     (locate(first) / ".sha256sums").write_bytes(content)
+    out.unlink()
     assert run(out, ALIAS) == first
     assert len(pip.commands) == 2
 
@@ -488,7 +490,7 @@ def test_shard_that_is_a_dangling_link_is_refused(folder: Path, out: Path) -> No
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe{}"])
 def test_directory_with_damaged_json_is_refused_by_name(folder: Path, out: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
-    assert f"{name} is damaged" in refusal(out, str(folder))
+    assert re.search(rf"{re.escape(name)}(:1)?: damaged: not ", refusal(out, str(folder)))
 
 
 def test_index_without_a_map_is_refused(folder: Path, out: Path) -> None:

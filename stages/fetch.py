@@ -108,14 +108,11 @@ def _describe_change(before: Manifest, after: Manifest, directory: Path) -> str 
     """One line on how the base model differs from the one that base.json had; None if it does not."""
     if before.source != after.source:
         return f"the base model is another: {after.source} at {after.revision}, no more {before.source}"
-    names = sorted(
-        name for name in before.files.keys() | after.files if before.files.get(name) != after.files.get(name)
-    )
-    if before.source.startswith(LOCAL) and names:
-        listed = ", ".join(names)
-        return f"the base model changed: {listed} in {directory} differs from base.json; it is taken as it is now"
-    if before.revision != after.revision:
+    if before.revision != after.revision and not before.source.startswith(LOCAL):
         return f"the base model moved: {after.source} from {before.revision} to {after.revision}"
+    names = before.files.keys() | after.files
+    if changed := ", ".join(sorted(name for name in names if before.files.get(name) != after.files.get(name))):
+        return f"the base model changed: {changed} in {directory} differs from base.json; it is taken as it is now"
     return None
 
 

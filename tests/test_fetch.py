@@ -486,7 +486,7 @@ def test_shard_that_is_a_dangling_link_is_refused(folder: Path, out: Path) -> No
     assert f"lacks {SHARD}" in refusal(out, str(folder))
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json"])
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe{}"])
 def test_directory_with_damaged_json_is_refused_by_name(folder: Path, out: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)

@@ -73,7 +73,7 @@ def describe(
     """The manifest of a model directory, every byte hashed. Without a `revision`, the files' own digest stands for it.
 
     Raises:
-        ValueError: the directory lacks a config or weights, or its config is damaged.
+        ValueError: the directory lacks a config or weights, or its config or a tokenizer's file is damaged.
     """
     check_complete(directory)
     names = sorted(model_files(directory, with_code=with_code))
@@ -82,6 +82,9 @@ def describe(
         for name in names
     }
     config = read_json(directory / "config.json", _WHOLE_COPY)
+    for name in names:
+        if name.endswith(".json") and _matches(name, _TOKENIZER_FILES):
+            read_json(directory / name, _WHOLE_COPY)
     text = config.get("text_config") or {}
     weights = [directory / name for name in names if name.endswith(".safetensors")]
     try:

@@ -16,7 +16,7 @@ def make_project(folder: Path, source: str) -> Path:
     """Lay out the project with this base model, nothing reproduced yet; git knows all files, and has no commit."""
     from tests.support.tiny import small_params
 
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for name in ("stages", ".dvc/config", ".dvc/.gitignore", ".gitignore", ".dvcignore", "dvc.yaml", "versions.yaml"):
         origin = ROOT / name
         (folder / name).parent.mkdir(exist_ok=True)

@@ -56,7 +56,7 @@ doctor: setup ## Show what this machine has
 
 clean: ## Remove .venv and everything that the pipeline made here (the store of base models stays)
 	rm -rf $(VENV) $(PEERS) .dvc/cache .dvc/tmp data/prepared data/tokens .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf artifacts/adapter artifacts/base.json artifacts/evaluate artifacts/merged artifacts/samples artifacts/timing \
+	rm -rf artifacts/adapter artifacts/evaluate artifacts/merged artifacts/samples artifacts/timing \
 	  artifacts/cache artifacts/checkpoints
 
 $(BIN)/python:

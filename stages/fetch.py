@@ -13,6 +13,7 @@ import typer
 from stages.base.manifest import (
     LOCAL,
     Manifest,
+    check_tokenizer,
     describe,
     quantization_label,
     read_manifest,
@@ -97,6 +98,7 @@ def _obtain(
             )
         damaged = copy.damaged(manifest)
         if not damaged:
+            check_tokenizer(manifest, copy.directory)
             remember(manifest, copy.directory, seen, with_code=model.trust_remote_code)
             return manifest, copy.directory
         console.say(f"damaged in the store, fetching again: {', '.join(damaged)}")

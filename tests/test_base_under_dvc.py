@@ -25,6 +25,11 @@ def revision(folder: Path) -> str:
     return str(json.loads((folder / "artifacts" / "base.json").read_text(encoding="utf-8"))["revision"])
 
 
+def revision_of_experiment(folder: Path, name: str) -> str:
+    (ref,) = git(folder, "for-each-ref", "--format=%(refname)", f"refs/exps/**/{name}").split()
+    return str(json.loads(git(folder, "show", f"{ref}:artifacts/base.json"))["revision"])
+
+
 def clone_of(project: Path, folder: Path) -> Path:
     """A clone without any output; the store beside it is its own until it is given one."""
     folder.parent.mkdir(exist_ok=True)
@@ -105,7 +110,7 @@ def test_a_refreshed_base_goes_into_experiments_and_clones(tmp_path: Path, hub: 
     # Not committed yet: an experiment in a folder of its own takes it along.
     output = dvc(project, "exp", "run", "--temp", "--name", "apart", "-S", "tokenize.max_length=300", "tokenize")
     assert ran(output) == ["fetch", "tokenize"]
-    assert json.loads(git(project, "show", "apart:artifacts/base.json"))["revision"] == second
+    assert revision_of_experiment(project, "apart") == second
     assert ran(dvc(project, "exp", "run", "-S", "tokenize.max_length=301", "tokenize")) == ["fetch", "tokenize"]
     commit(project, "second base")
 
@@ -184,14 +189,14 @@ def test_a_changed_directory_goes_into_experiments_and_clones(
         output = dvc(project, "exp", "run", *arguments, "-S", f"tokenize.max_length={300 + len(arguments)}", "tokenize")
         assert f"the base model changed: {WEIGHTS}" in output
         assert ran(output) == ["fetch", "tokenize"]
-    assert json.loads(git(project, "show", "apart:artifacts/base.json"))["revision"] == revision(project)
+    assert revision_of_experiment(project, "apart") == revision(project)
     assert f"the base model changed: {WEIGHTS}" in dvc(neighbour, "repro", "fetch")
     assert revision(neighbour) == revision(project)
 
 
 def test_a_directory_in_the_project_is_found_by_an_experiment_apart(tmp_path: Path, directory: Path) -> None:
     project = make_project(tmp_path / "machine" / "project", "./base")
-    (project / ".gitignore").open("a").write("/base\n")
+    (project / ".git" / "info" / "exclude").write_text("/base\n", encoding="utf-8")
     shutil.copytree(directory, project / "base")
     commit(project, "not reproduced")
     output = dvc(project, "exp", "run", "--temp", "--name", "apart", "tokenize")
@@ -201,19 +206,24 @@ def test_a_directory_in_the_project_is_found_by_an_experiment_apart(tmp_path: Pa
 # --- a bad parameter ---
 
 
+def files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def test_a_bad_parameter_costs_no_output(tmp_path: Path, directory: Path) -> None:
     project = make_project(tmp_path / "machine" / "project", str(directory))
     dvc(project, "repro", "tokenize")
     commit(project, "reproduced")
-    tokens = sorted((project / "data" / "tokens").iterdir())
+    made = files_below(project / "data")
     # Fetch runs first, and reads all parameters.
-    refused = dvc(project, "exp", "run", "-S", "tokenize.max_length=-5", "tokenize", status=255)
-    assert "tokenize.max_length: must be greater than or equal to 8" in refused
-    assert sorted((project / "data" / "tokens").iterdir()) == tokens
+    bad = ["-S", "prepare.max_chars=-5", "-S", "tokenize.max_length=-5"]
+    refused = dvc(project, "exp", "run", *bad, "tokenize", status=255)
+    assert "prepare.max_chars: must be greater than or equal to 1" in refused
+    assert files_below(project / "data") == made
     # Alone, the stage has lost its outputs by the time that it reads them.
     refused = dvc(project, "repro", "--single-item", "tokenize", status=255)
     assert "outputs that DVC removed before this stage ran come back with: dvc checkout" in refused
     assert not (project / "data" / "tokens").exists()
     git(project, "checkout", "--quiet", ".")
     dvc(project, "checkout", "--with-deps", "tokenize")
-    assert sorted((project / "data" / "tokens").iterdir()) == tokens
+    assert files_below(project / "data") == made

@@ -73,7 +73,7 @@ def describe(
     """The manifest of a model directory, every byte hashed. Without a `revision`, the files' own digest stands for it.
 
     Raises:
-        ValueError: the directory lacks a config or weights, or its config or a tokenizer's file is damaged.
+        ValueError: the directory lacks a config or weights, or its config is damaged.
     """
     check_complete(directory)
     names = sorted(model_files(directory, with_code=with_code))
@@ -82,9 +82,6 @@ def describe(
         for name in names
     }
     config = read_json(directory / "config.json", _WHOLE_COPY)
-    for name in names:
-        if name.endswith(".json") and _matches(name, _TOKENIZER_FILES):
-            read_json(directory / name, _WHOLE_COPY)
     text = config.get("text_config") or {}
     weights = [directory / name for name in names if name.endswith(".safetensors")]
     try:
@@ -121,12 +118,19 @@ def check_complete(directory: Path) -> None:
             raise ValueError(f"{directory} lacks {', '.join(missing)}, which its index names")
 
 
-def check_token_id(manifest: Manifest, token_id: int, *, tokenizer_size: int) -> None:
+def check_tokenizer(manifest: Manifest, directory: Path) -> None:
+    """Raise ValueError if a file of the tokenizer should be a JSON object and is none."""
+    for name in manifest.files:
+        if name.endswith(".json") and _matches(name, _TOKENIZER_FILES):
+            read_json(directory / name, _WHOLE_COPY)
+
+
+def check_token_id(manifest: Manifest, token_id: int, *, tokenizer_size: int, place: str) -> None:
     """Raise ValueError if the base model's embedding has no row for a token that its tokenizer makes."""
     rows = manifest.embedding_rows
     if rows is not None and token_id >= rows:
         raise ValueError(
-            f"token {token_id} has no row in the embedding of the base model {manifest.source}: its tokenizer has "
+            f"{place}: token {token_id} has no row in the embedding of the base model {manifest.source}: its tokenizer has "
             f"{tokenizer_size} tokens (ids to {tokenizer_size - 1}), its embedding {rows} rows (to {rows - 1}); take a "
             "checkpoint whose embedding was resized with its tokenizer, or keep the token out of rows and chat template"
         )

@@ -163,7 +163,7 @@ def test_tokenizer_identity_ignores_weights(folder: Path, known: Manifest) -> No
      "special_tokens_map.json", "added_tokens.json", "a.tiktoken"],
 )  # fmt: skip
 def test_tokenizer_identity_depends_on_each_file_of_the_tokenizer(folder: Path, known: Manifest, name: str) -> None:
-    (folder / name).write_text("changed")
+    (folder / name).write_text('{"changed": 1}')
     assert describe(folder, source="x", revision=None).tokenizer_identity != known.tokenizer_identity
 
 
@@ -341,11 +341,13 @@ def test_rows_of_a_packed_embedding_are_tokens(tmp_path: Path) -> None:
 
 def test_token_without_a_row_is_refused_with_both_sizes(known: Manifest) -> None:
     base = known.model_copy(update={"embedding_rows": 258})
-    check_token_id(base, 257, tokenizer_size=300)
-    with pytest.raises(ValueError, match=r"token 258 has no row .* 300 tokens \(ids to 299\), .* 258 rows \(to 257\)"):
-        check_token_id(base, 258, tokenizer_size=300)
+    check_token_id(base, 257, tokenizer_size=300, place="rows.jsonl:3")
+    with pytest.raises(
+        ValueError, match=r"^rows\.jsonl:3: token 258 has no row .* 300 tokens \(ids to 299\), .* 258 rows \(to 257\)"
+    ):
+        check_token_id(base, 258, tokenizer_size=300, place="rows.jsonl:3")
 
 
 def test_without_a_known_size_no_token_is_refused(known: Manifest) -> None:
     assert known.embedding_rows is None
-    check_token_id(known, 10**6, tokenizer_size=10**6)
+    check_token_id(known, 10**6, tokenizer_size=10**6, place="rows.jsonl:3")

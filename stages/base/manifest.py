@@ -130,9 +130,10 @@ def check_token_id(manifest: Manifest, token_id: int, *, tokenizer_size: int, pl
     rows = manifest.embedding_rows
     if rows is not None and token_id >= rows:
         raise ValueError(
-            f"{place}: token {token_id} has no row in the embedding of the base model {manifest.source}: its tokenizer has "
-            f"{tokenizer_size} tokens (ids to {tokenizer_size - 1}), its embedding {rows} rows (to {rows - 1}); take a "
-            "checkpoint whose embedding was resized with its tokenizer, or keep the token out of rows and chat template"
+            f"{place}: token {token_id} has no row in the embedding of the base model {manifest.source}: its tokenizer "
+            f"has {tokenizer_size} tokens (ids to {tokenizer_size - 1}), its embedding {rows} rows (to {rows - 1}); "
+            "take a checkpoint whose embedding was resized with its tokenizer, or keep the token out of rows and chat "
+            "template"
         )
 
 

@@ -8,11 +8,13 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import dequantize_model, load_config, load_model
+from mlx_lm.utils import dequantize_model, load_model
 
+from stages.files.outputs import read_json
 from stages.model import phi3
 from stages.model.kinds import SWITCH
 
+_WHOLE_COPY = "the folder needs a whole copy of the model"
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -56,7 +58,7 @@ def load_base(
 
 def _open(directory: Path, *, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's model and config, weights not read yet."""
-    config = load_config(directory)
+    config = read_json(directory / "config.json", _WHOLE_COPY)
     changes = untied(config) if has_own_head(directory, config) else None
     try:
         if config.get("model_type") != "phi3_v":
@@ -82,7 +84,10 @@ def has_own_head(directory: Path, config: dict[str, Any]) -> bool:
     """
     weights: dict[str, mx.array] = {}
     for path in sorted(directory.glob("model*.safetensors")):
-        weights |= cast(dict[str, mx.array], mx.load(str(path)))
+        try:
+            weights |= cast(dict[str, mx.array], mx.load(str(path)))
+        except RuntimeError as error:
+            raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}; {_WHOLE_COPY}") from None
     head, embedding = _parts(weights, "lm_head"), _parts(weights, "embed_tokens")
     if not embedding:
         return False

@@ -102,3 +102,22 @@ def test_a_config_that_lacks_a_key_is_refused_in_one_line(tmp_path: Path) -> Non
     folder = rewrite(write_model(tmp_path, "qwen3"), head="none", tied=None)
     with pytest.raises(ValueError, match=r"missing 1 required .* 'tie_word_embeddings'"):
         load_base(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
+def test_a_damaged_config_is_named(tmp_path: Path, content: bytes) -> None:
+    folder = write_model(tmp_path, "llama")
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"^{folder}/config\.json(:1)?: damaged: not .*; the folder needs a whole copy"
+    ):
+        load_base(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 20_000])
+def test_damaged_weights_are_named(tmp_path: Path, kept: int) -> None:
+    folder = write_model(tmp_path, "llama")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:kept])
+    with pytest.raises(ValueError, match=rf"^{folder}/model\.safetensors: damaged: .*; the folder needs a whole copy"):
+        mx.eval(load_base(folder)[0].parameters())

@@ -125,7 +125,7 @@ def test_a_refreshed_base_goes_into_experiments_and_clones(tmp_path: Path, hub: 
     shutil.rmtree(tmp_path / "hf")
     stranger = clone_of(project, tmp_path / "another machine" / "project")
     git(stranger, "checkout", "--quiet", old)
-    assert ran(dvc(stranger, "repro", "tokenize")) == ["fetch", "prepare", "tokenize"]
+    dvc(stranger, "repro", "tokenize")
     assert revision(stranger) == first
     assert git(stranger, "status", "--porcelain") == ""
 
@@ -200,7 +200,7 @@ def test_a_directory_in_the_project_is_found_by_an_experiment_apart(tmp_path: Pa
     shutil.copytree(directory, project / "base")
     commit(project, "not reproduced")
     output = dvc(project, "exp", "run", "--temp", "--name", "apart", "tokenize")
-    assert ran(output) == ["fetch", "prepare", "tokenize"]
+    assert set(ran(output)) == {"fetch", "prepare", "tokenize"}
 
 
 # --- a bad parameter ---
@@ -216,8 +216,7 @@ def test_a_bad_parameter_costs_no_output(tmp_path: Path, directory: Path) -> Non
     commit(project, "reproduced")
     made = files_below(project / "data")
     # Fetch runs first, and reads all parameters.
-    bad = ["-S", "prepare.max_chars=-5", "-S", "tokenize.max_length=-5"]
-    refused = dvc(project, "exp", "run", *bad, "tokenize", status=255)
+    refused = dvc(project, "exp", "run", "-S", "prepare.max_chars=-5", "-S", "tokenize.max_length=-5", status=255)
     assert "prepare.max_chars: must be greater than or equal to 1" in refused
     assert files_below(project / "data") == made
     # Alone, the stage has lost its outputs by the time that it reads them.

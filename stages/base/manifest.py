@@ -171,7 +171,7 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         ValueError: it is missing or not a manifest.
     """
-    hint = "make it anew with: python -m stages.fetch"
+    hint = "make it with: python -m stages.fetch"
     content = read_json(path, hint)
     try:
         return Manifest.model_validate(content)

@@ -210,7 +210,7 @@ def test_manifest_survives_writing_and_reading(tmp_path: Path, known: Manifest) 
 
 
 def test_missing_manifest_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no such file; make it anew with: python -m stages\.fetch"):
+    with pytest.raises(ValueError, match=r"no such file; make it with: python -m stages\.fetch"):
         read_manifest(tmp_path / "base.json")
 
 
@@ -227,7 +227,7 @@ def test_missing_manifest_says_how_to_make_it(tmp_path: Path) -> None:
 )
 def test_file_that_is_no_manifest_says_how_to_make_one(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / "base.json").write_text(content)
-    with pytest.raises(ValueError, match=rf"{said}.*; make it anew with: python -m stages\.fetch"):
+    with pytest.raises(ValueError, match=rf"{said}.*; make it with: python -m stages\.fetch"):
         read_manifest(tmp_path / "base.json")
 
 

@@ -94,9 +94,12 @@ def test_what_varies_from_run_to_run_is_no_output() -> None:
     assert not any(path.startswith("artifacts/timing") for path in outputs)
 
 
-def test_no_output_turns_the_run_cache_off() -> None:
-    # `persist` on any out, and `cache: false` on one, switch DVC's run cache off for the stage.
-    assert all(isinstance(out, str) for stage in STAGES.values() for out in stage["outs"])
+def test_no_output_turns_the_run_cache_off_but_the_base_models() -> None:
+    # `persist` on any out, and `cache: false` on one, switch DVC's run cache off for the stage. Fetch's real input lies
+    # outside of DVC, and the run cache would bring an old base model back.
+    assert {name for name, stage in STAGES.items() if not all(isinstance(out, str) for out in stage["outs"])} == {
+        "fetch"
+    }
 
 
 def test_everything_imported_is_declared() -> None:
@@ -114,7 +117,8 @@ def test_the_committed_lock_fits_the_committed_files() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "dvc", "status", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    changes = [change for stage in json.loads(done.stdout).values() for change in stage]
+    # Fetch looks each time, and says so here.
+    changes = [change for stage in json.loads(done.stdout).values() for change in stage if change != "always changed"]
     assert not any(isinstance(change, str) for change in changes), "a command changed: run `dvc repro`"
     stale = {
         f"{path}: {inner}"

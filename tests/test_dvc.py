@@ -16,7 +16,10 @@ import pytest
 
 from stages.lora import code
 from tests.support.dag import DAG, STAGES, paths
+from tests.support.dvc_project import adapter, commit, dvc, environment, git, make_project, ran
 from tests.support.imports import MODULES, ROOT
+
+LOOKS = ["fetch"]  # what runs each time, to see whether the base model is what it was
 
 
 def downstream(first: set[str]) -> set[str]:
@@ -55,57 +58,14 @@ def test_the_documentation_tells_what_a_parameter_reruns() -> None:
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     """The project as a DVC repository of its own, reproduced once."""
-    from tests.support.tiny import small_params
-
-    folder = tmp_path_factory.mktemp("dvc") / "project"
-    folder.mkdir()
-    for name in ("stages", ".dvc/config", ".dvc/.gitignore", ".gitignore", ".dvcignore", "dvc.yaml", "versions.yaml"):
-        source = ROOT / name
-        (folder / name).parent.mkdir(exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copyfile(source, folder / name)
-    (folder / "params.yaml").write_text(small_params(source=str(tiny_llama)), encoding="utf-8")
-    (folder / "data" / "raw").mkdir(parents=True)
-    lines = [f'{{"question": "{i} 더하기 {i}는?", "answer": "{2 * i}이다."}}\n' for i in range(60)]
-    (folder / "data" / "raw" / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
-    (folder / "data" / "prompts.jsonl").write_text('{"question": "9 더하기 9는?"}\n', encoding="utf-8")
-    git(folder, "init", "--quiet")
+    folder = make_project(tmp_path_factory.mktemp("dvc") / "project", str(tiny_llama))
     assert ran(dvc(folder, "repro")) == list(STAGES)
-    git(folder, "add", "--all")
-    git(folder, "commit", "--quiet", "--message", "reproduced")
+    commit(folder, "reproduced")
     return folder
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """`python` is this one; git needs a name to commit with."""
-    who = {f"GIT_{role}_{what}": "test@example.org" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | who | {"PATH": path, "LORABUILD_STORE": str(folder.parent / "store")}
-
-
-def git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=folder, env=environment(folder), capture_output=True, text=True, check=True
-    )
-    return done.stdout
-
-
-def dvc(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments], cwd=folder, env=environment(folder), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def ran(output: str) -> list[str]:
-    return re.findall(r"^Running stage '(\w+)'", output, flags=re.MULTILINE)
-
-
 def test_a_second_repro_runs_nothing_and_changes_nothing(repository: Path) -> None:
-    assert ran(dvc(repository, "repro")) == []
+    assert ran(dvc(repository, "repro")) == LOOKS
     assert git(repository, "status", "--porcelain") == ""
 
 
@@ -148,20 +108,20 @@ def test_another_version_of_a_library_makes_just_the_stages_stale_that_use_it(
 
 def test_an_experiment_reruns_just_what_depends_on_the_parameter(repository: Path) -> None:
     output = dvc(repository, "exp", "run", "-S", "train.learning_rate=0.05")
-    assert set(ran(output)) == reruns("train.learning_rate") == {"train", "evaluate", "merge", "generate"}
+    assert set(ran(output)) - set(LOOKS) == reruns("train.learning_rate") == {"train", "evaluate", "merge", "generate"}
     difference = dvc(repository, "metrics", "diff", "--json")
     assert "adapter.loss" in difference and "base.loss" not in difference
     # The same numbers again come from the run cache.
     git(repository, "checkout", "--quiet", ".")
-    assert ran(dvc(repository, "repro")) == []
+    assert ran(dvc(repository, "repro")) == LOOKS
     dvc(repository, "checkout")
 
 
 def test_a_changed_output_of_no_consequence_stops_there(repository: Path) -> None:
     # Reports change the curves, not the adapter: nothing downstream of it runs.
-    assert ran(dvc(repository, "repro", "--dry")) == []
+    assert ran(dvc(repository, "repro", "--dry")) == LOOKS
     output = dvc(repository, "exp", "run", "-S", "train.steps_per_report=1")
-    assert ran(output) == ["train"]
+    assert ran(output) == [*LOOKS, "train"]
     git(repository, "checkout", "--quiet", ".")
     dvc(repository, "checkout")
 
@@ -211,10 +171,6 @@ def clone(repository: Path, tmp_path: Path) -> Path:
     (folder / "params.yaml").write_text(re.sub(r"steps_per_save: \d+", "steps_per_save: 5", text), encoding="utf-8")
     git(folder, "commit", "--quiet", "--all", "--message", "longer")
     return folder
-
-
-def adapter(folder: Path) -> bytes:
-    return (folder / "artifacts" / "adapter" / "adapters.safetensors").read_bytes()
 
 
 def test_a_killed_repro_ends_in_the_bytes_of_an_undisturbed_one(clone: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -239,6 +240,74 @@ def test_refresh_follows_a_moved_branch(hub: FakeHub, out: Path) -> None:
     assert run(out, "org/name").revision == commit
 
 
+def test_manifest_pins_its_commit_though_the_cache_follows_the_branch(hub: FakeHub, out: Path, tmp_path: Path) -> None:
+    first = run(out, "org/name")
+    commit = hub.repository("org/name").commit(MODEL | {"tokenizer.json": b"{}"})
+    assert run(tmp_path / "other.json", "org/name", refresh=True).revision == commit
+    hub.requests.clear()
+    assert run(out, "org/name") == first
+    assert hub.requests == []
+
+
+def test_pinned_commit_is_fetched_if_this_machine_lacks_it(hub: FakeHub, out: Path, tmp_path: Path) -> None:
+    first = run(out, "org/name")
+    hub.repository("org/name").commit(MODEL | {"tokenizer.json": b"{}"})
+    shutil.rmtree(tmp_path / "hf")
+    content = out.read_bytes()
+    assert run(out, "org/name") == first
+    assert out.read_bytes() == content
+
+
+def test_pinned_commit_that_the_hub_lost_is_one_line_with_the_way_on(hub: FakeHub, out: Path, tmp_path: Path) -> None:
+    first = run(out, "org/name")
+    repository = hub.repository("org/name")
+    repository.commit(MODEL | {"tokenizer.json": b"{}"})
+    del repository.files[first.revision]
+    shutil.rmtree(tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"which base\.json pins: the Hub has no such revision") as failure:
+        run(out, "org/name")
+    assert "python -m stages.fetch --refresh" in str(failure.value)
+    assert run(out, "org/name", refresh=True).revision != first.revision
+
+
+def test_another_revision_in_the_parameters_is_not_held_up_by_the_pin(hub: FakeHub, out: Path) -> None:
+    run(out, "org/name")
+    commit = hub.repository("org/name").commit(MODEL | {"tokenizer.json": b"{}"}, branch="v2")
+    manifest = run(out, "org/name", revision="v2")
+    assert (manifest.requested, manifest.revision) == ("v2", commit)
+
+
+def test_naming_the_pinned_commit_in_the_parameters_changes_no_byte(hub: FakeHub, out: Path) -> None:
+    first = run(out, "org/name")
+    content = out.read_bytes()
+    assert run(out, "org/name", revision=first.revision) == first
+    assert out.read_bytes() == content
+
+
+def test_code_is_fetched_though_the_pin_has_none(hub: FakeHub, out: Path) -> None:
+    hub.repository("org/name").commit(MODEL | {"modeling.py": b"pass"})
+    assert "modeling.py" not in run(out, "org/name").files
+    assert "modeling.py" in run(out, "org/name", trust_remote_code="true").files
+    assert "modeling.py" not in run(out, "org/name").files
+
+
+def test_what_moved_is_said_in_one_line(hub: FakeHub, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run(out, "org/name").revision
+    assert "moved" not in capsys.readouterr().err
+    second = hub.repository("org/name").commit(MODEL | {"tokenizer.json": b"{}"})
+    run(out, "org/name", refresh=True)
+    assert f"the base model moved: org/name from {first} to {second}\n" in capsys.readouterr().err
+    run(out, "org/name")
+    assert capsys.readouterr().err == ""
+
+
+def test_damaged_manifest_is_made_anew_and_says_so(hub: FakeHub, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run(out, "org/name")
+    out.write_text("<<<<<<< HEAD\n")
+    assert run(out, "org/name") == first
+    assert "base.json:1: damaged: not JSON" in capsys.readouterr().err
+
+
 def test_refresh_fails_if_the_hub_is_down(hub: FakeHub, out: Path) -> None:
     run(out, "org/name")
     out.unlink()
@@ -378,6 +447,7 @@ def test_lost_file_of_the_store_is_fetched_again(pip: Pip, out: Path) -> None:
 def test_damaged_list_of_sums_is_made_again(pip: Pip, out: Path, content: bytes) -> None:
     first = run(out, ALIAS)
     (locate(first) / ".sha256sums").write_bytes(content)
+    out.unlink()
     assert run(out, ALIAS) == first
     assert len(pip.commands) == 2
 
@@ -462,6 +532,62 @@ def test_revision_changes_with_any_file(folder: Path, out: Path, name: str) -> N
     assert run(out, str(folder)).revision != first.revision
 
 
+def test_unchanged_directory_is_not_hashed_again(
+    folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run(out, str(folder))
+    os.utime(folder / SHARD, (1, 1))  # touched: hashed once more, and then no more
+    assert run(out, str(folder)) == first
+    monkeypatch.setattr("stages.base.manifest.sha256", lambda path, advance=None: pytest.fail(f"{path} was hashed"))
+    capsys.readouterr()
+    assert run(out, str(folder)) == first
+    assert capsys.readouterr().out == f"Base model as in {out}: {first.source} at {first.revision}\n"
+
+
+def test_changed_directory_is_described_anew_and_says_what_changed(
+    folder: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run(out, str(folder))
+    damage(folder / SHARD)
+    (folder / "merges.txt").write_text("new")
+    (folder / "tokenizer.json").unlink()
+    capsys.readouterr()
+    manifest = run(out, str(folder))
+    assert manifest.identity != first.identity
+    assert locate(manifest) == folder
+    said = f"the base model changed: merges.txt, {SHARD}, tokenizer.json in {folder} differs from base.json"
+    assert said in capsys.readouterr().err
+
+
+def test_changing_one_of_two_equal_directories_does_not_harm_the_other(folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "my model"))
+    outs = [tmp_path / "project 1" / "base.json", tmp_path / "project 2" / "base.json"]
+    first = run(outs[0], str(folder))
+    assert run(outs[1], str(other)) == first
+    damage(other / SHARD)
+    assert locate(first) == folder
+    assert run(outs[0], str(folder)) == first
+    changed = run(outs[1], str(other))
+    assert (locate(changed), locate(first)) == (other, folder)
+
+
+def test_directory_that_changed_is_not_replaced_by_an_equal_one_elsewhere(
+    folder: Path, out: Path, tmp_path: Path
+) -> None:
+    first = run(out, str(folder))
+    run(tmp_path / "other.json", str(shutil.copytree(folder, tmp_path / "elsewhere" / "my model")))
+    damage(folder / SHARD)
+    assert run(out, str(folder)).identity != first.identity
+
+
+def test_relative_directory_is_found_from_the_folder_of_an_experiment(
+    folder: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(folder.parent))
+    monkeypatch.chdir(tmp_path)
+    assert locate(run(out, "./my model")) == folder
+
+
 def test_directory_without_a_config_is_refused(folder: Path, out: Path) -> None:
     (folder / "config.json").unlink()
     assert "it has no config.json" in refusal(out, str(folder))
@@ -484,11 +610,11 @@ def test_shard_that_is_a_dangling_link_is_refused(folder: Path, out: Path) -> No
     assert f"lacks {SHARD}" in refusal(out, str(folder))
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer.json"])
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe{}"])
 def test_directory_with_damaged_json_is_refused_by_name(folder: Path, out: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
-    assert f"{name} is damaged" in refusal(out, str(folder))
+    assert re.search(rf"{re.escape(name)}(:1)?: damaged: not ", refusal(out, str(folder)))
 
 
 def test_index_without_a_map_is_refused(folder: Path, out: Path) -> None:

@@ -1,22 +1,22 @@
 """Which base model, exactly: the manifest `artifacts/base.json`, and the way from it to the files on this machine.
 
-The manifest holds identity, never a machine's path. Where the files lie is the store's matter: a record per identity
-names their folder. Every stage opens the base with `locate`, which refuses files that differ from the manifest.
+The manifest holds identity, never a machine's path, and git tracks it: it pins the base model of a commit. Where the
+files lie is the store's matter. Every stage opens the base with `locate`, which refuses files that differ.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
-from stages.base import store
+from stages.base.records import Record, Stamp, read_records, stamp, write_record
+from stages.base.weights import embedding_rows
 from stages.files.hashes import digest_of, sha256
-from stages.files.outputs import write_json
+from stages.files.outputs import read_json, write_json
 
 # What a model directory is read from: the same patterns choose what is downloaded, hashed and compared.
 MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "model*.safetensors")
@@ -24,6 +24,8 @@ CODE_FILES = ("*.py",)
 _TOKENIZER_FILES = (
     "tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model", "*.tiktoken",
 )  # fmt: skip
+LOCAL = "directory:"  # before the name of a local directory, in a manifest's source
+_WHOLE_COPY = "the folder needs a whole copy of the model"
 
 
 class FileIdentity(pydantic.BaseModel):
@@ -32,13 +34,15 @@ class FileIdentity(pydantic.BaseModel):
 
 
 class Manifest(pydantic.BaseModel):
-    """The content of base.json."""
+    """The content of base.json: `requested` is what params.yaml asked for, `revision` what that was."""
 
     source: str
+    requested: str | None
     revision: str
     architecture: str
     dtype: str | None
     quantization: dict[str, Any] | None
+    embedding_rows: int | None
     files: dict[str, FileIdentity]
 
     @property
@@ -62,6 +66,7 @@ def describe(
     *,
     source: str,
     revision: str | None,
+    requested: str | None = None,
     with_code: bool = False,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Manifest:
@@ -76,19 +81,24 @@ def describe(
         name: FileIdentity(sha256=sha256(directory / name, advance), size=(directory / name).stat().st_size)
         for name in names
     }
-    config = _read_object(directory / "config.json")
+    config = read_json(directory / "config.json", _WHOLE_COPY)
     text = config.get("text_config") or {}
+    weights = [directory / name for name in names if name.endswith(".safetensors")]
     try:
         manifest = Manifest(
             source=source,
+            requested=requested,
             revision=revision or "",
             architecture=config.get("model_type", "unknown"),
             dtype=config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype"),
             quantization=config.get("quantization") or config.get("quantization_config"),
+            embedding_rows=embedding_rows(weights, config),
             files=files,
         )
     except (pydantic.ValidationError, AttributeError):
-        raise ValueError(f"{directory / 'config.json'} is not a model's config: types are wrong") from None
+        raise ValueError(
+            f"{directory / 'config.json'} is not a model's config: types are wrong; {_WHOLE_COPY}"
+        ) from None
     return manifest if revision else manifest.model_copy(update={"revision": f"sha256:{manifest.identity}"})
 
 
@@ -101,21 +111,30 @@ def check_complete(directory: Path) -> None:
         raise ValueError(f"{directory} is not a model directory: it has no model*.safetensors")
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        shards = _read_object(index).get("weight_map")
+        shards = read_json(index, _WHOLE_COPY).get("weight_map")
         if not isinstance(shards, dict):
-            raise ValueError(f"{index} has no weight_map")
+            raise ValueError(f"{index} has no weight_map; {_WHOLE_COPY}")
         if missing := sorted(set(map(str, shards.values())) - names):
             raise ValueError(f"{directory} lacks {', '.join(missing)}, which its index names")
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: not a JSON object")
-    return content
+def check_tokenizer(manifest: Manifest, directory: Path) -> None:
+    """Raise ValueError if a file of the tokenizer should be a JSON object and is none."""
+    for name in manifest.files:
+        if name.endswith(".json") and _matches(name, _TOKENIZER_FILES):
+            read_json(directory / name, _WHOLE_COPY)
+
+
+def check_token_id(manifest: Manifest, token_id: int, *, tokenizer_size: int, place: str) -> None:
+    """Raise ValueError if the base model's embedding has no row for a token that its tokenizer makes."""
+    rows = manifest.embedding_rows
+    if rows is not None and token_id >= rows:
+        raise ValueError(
+            f"{place}: token {token_id} has no row in the embedding of the base model {manifest.source}: its tokenizer "
+            f"has {tokenizer_size} tokens (ids to {tokenizer_size - 1}), its embedding {rows} rows (to {rows - 1}); "
+            "take a checkpoint whose embedding was resized with its tokenizer, or keep the token out of rows and chat "
+            "template"
+        )
 
 
 def total_size(directory: Path) -> int:
@@ -123,10 +142,14 @@ def total_size(directory: Path) -> int:
     return sum((directory / name).stat().st_size for name in model_files(directory, with_code=True))
 
 
-def remember(manifest: Manifest, directory: Path) -> None:
-    """Record in the store that `directory` holds the base model."""
-    seen = {name: _stamp(directory / name) for name in manifest.files}
-    write_json(_record(manifest), {"directory": str(directory.resolve()), "seen": seen})
+def stamps(directory: Path) -> dict[str, Stamp]:
+    """The stamp of each file that may be the model's: taken before the files are hashed, for `remember`."""
+    return {name: stamp(directory / name) for name in model_files(directory, with_code=True)}
+
+
+def remember(manifest: Manifest, directory: Path, seen: dict[str, Stamp], *, with_code: bool = False) -> None:
+    """Record in the store that `directory` holds the base model, as its files were when they had these stamps."""
+    write_record(manifest.identity, Record(directory, with_code, {name: seen[name] for name in manifest.files}))
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -148,48 +171,61 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         ValueError: it is missing or not a manifest.
     """
+    hint = "make it with: python -m stages.fetch"
+    content = read_json(path, hint)
     try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; make it with: python -m stages.fetch") from None
-    except pydantic.ValidationError:
-        raise ValueError(f"{path}: not a base manifest; make it anew with: python -m stages.fetch") from None
+        return Manifest.model_validate(content)
+    except pydantic.ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise ValueError(f"{path}: not a base manifest ({where}: {error.errors()[0]['msg']}); {hint}") from None
 
 
 def locate(manifest: Manifest) -> Path:
-    """The base model's folder on this machine, its files checked against the manifest.
+    """A folder of the base model on this machine, its files checked against the manifest.
 
-    A file whose size and time are as when it was last hashed is taken as unchanged; any other is hashed again.
+    A file with the stamp that it had when it was last hashed is taken as unchanged; any other is hashed again. Of
+    several folders, one that is intact is taken.
 
     Raises:
         ValueError: the base is not on this machine, or a file differs, or there are more files than there were.
     """
-    mend = "run: python -m stages.fetch"
-    try:
-        record = json.loads(_record(manifest).read_text(encoding="utf-8"))
-        directory, seen = Path(record["directory"]), dict(record["seen"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        raise ValueError(f"the base model {manifest.source} is not on this machine; {mend}") from None
+    records = read_records(manifest.identity)
+    if not records:
+        raise ValueError(f"the base model {manifest.source} is not on this machine; run: python -m stages.fetch")
+    problems = []
+    for record in sorted(records, key=lambda record: not _is_untouched(manifest, record)):
+        if (problem := difference(manifest, record)) is None:
+            return record.directory
+        problems.append(problem)
+    hint = "run: dvc repro (or python -m stages.fetch alone)"
+    if manifest.source.startswith(LOCAL):
+        hint = (
+            f"what it was cannot be had back here: put it back yourself, or go on with the folder as it is now, {hint}"
+        )
+    raise ValueError(f"{problems[0]}; {hint}")
+
+
+def difference(manifest: Manifest, record: Record) -> str | None:
+    """The first thing in a folder that is not as the manifest has it; None if it holds the base model."""
     for name, expected in manifest.files.items():
-        path = directory / name
+        path = record.directory / name
         if not path.is_file():
-            raise ValueError(f"{path} of the base model {manifest.source} is gone; {mend}")
-        if seen.get(name) != _stamp(path) and sha256(path) != expected.sha256:
-            raise ValueError(f"{path} differs from the base model in base.json; {mend}")
+            return f"{path} of the base model {manifest.source} is gone"
+        if record.seen.get(name) != stamp(path) and (found := sha256(path)) != expected.sha256:
+            return (
+                f"{path} differs from the base model in base.json "
+                f"(sha256 {expected.sha256[:12]} wanted, {found[:12]} found)"
+            )
     # More weights or a chat template put there since would be read with the rest.
     with_code = any(_matches(name, CODE_FILES) for name in manifest.files)
-    if new := sorted(set(model_files(directory, with_code=with_code)) - set(manifest.files)):
-        raise ValueError(f"{directory} holds {', '.join(new)}, which the base model in base.json lacks; {mend}")
-    return directory
+    if new := sorted(set(model_files(record.directory, with_code=with_code)) - set(manifest.files)):
+        return f"{record.directory} holds {', '.join(new)}, which the base model in base.json lacks"
+    return None
 
 
-def _record(manifest: Manifest) -> Path:
-    return store.root() / "bases" / f"{manifest.identity}.json"
-
-
-def _stamp(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+def _is_untouched(manifest: Manifest, record: Record) -> bool:
+    paths = {name: record.directory / name for name in manifest.files}
+    return all(path.is_file() and record.seen.get(name) == stamp(path) for name, path in paths.items())
 
 
 def model_files(directory: Path, *, with_code: bool = False) -> Iterator[str]:

@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stages.cli.versions import describe_difference
-from stages.params.loading import PARAMS_FILE
+from stages.params.loading import PARAMS_FILE, ParamsError
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -88,7 +88,10 @@ def run(app: typer.Typer) -> None:
 def _explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
+    text = str(error) or type(error).__name__
+    if isinstance(error, ParamsError) and "DVC_ROOT" in os.environ:
+        text += "\noutputs that DVC removed before this stage ran come back with: dvc checkout"
+    return text
 
 
 def _escape(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their hashes."""
+"""Files that appear whole or not at all, and JSON read back from them."""
 
 from __future__ import annotations
 
@@ -138,3 +138,22 @@ def write_json(path: Path, content: Any) -> None:
         ValueError: a NaN or an infinity, on which `dvc metrics` breaks.
     """
     write_text(path, json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, hint: str) -> dict[str, Any]:
+    """Read a file that holds one JSON object; `hint` says how to mend it.
+
+    Raises:
+        ValueError: it is missing or no JSON object; the message names the file and ends in the hint.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; {hint}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: damaged: not JSON ({error.msg}); {hint}") from None
+    except (UnicodeDecodeError, RecursionError):
+        raise ValueError(f"{path}: damaged: not JSON in UTF-8; {hint}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: damaged: not a JSON object; {hint}")
+    return content

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.utils import dequantize_model, load_config, load_model
+from mlx_lm.utils import dequantize_model, load_model
 
+from stages.files.outputs import read_json
 from stages.model import phi3
 from stages.model.kinds import SWITCH
 
+_WHOLE_COPY = "the folder needs a whole copy of the model"
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -56,13 +58,70 @@ def load_base(
 
 def _open(directory: Path, *, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's model and config, weights not read yet."""
-    if load_config(directory).get("model_type") != "phi3_v":
-        model, config = load_model(directory, lazy=True, trust_remote_code=trust_remote_code)
-    else:
-        model, config = load_model(directory, lazy=True, get_model_classes=phi3.language_model_classes)
-        config = phi3.as_language_model(config)
+    config = read_json(directory / "config.json", _WHOLE_COPY)
+    changes = untied(config) if has_own_head(directory, config) else None
+    try:
+        if config.get("model_type") != "phi3_v":
+            model, config = load_model(directory, lazy=True, model_config=changes, trust_remote_code=trust_remote_code)
+        else:
+            model, config = load_model(
+                directory, lazy=True, model_config=changes, get_model_classes=phi3.language_model_classes
+            )
+            config = phi3.as_language_model(config)
+    except (ValueError, TypeError) as error:  # TypeError: a key that the architecture needs is not in the config
+        raise ValueError(f"{directory}: {' '.join(str(error).split())}") from None
     phi3.restore_short_factors(model)
     return model, config
+
+
+def has_own_head(directory: Path, config: dict[str, Any]) -> bool:
+    """Whether the weights hold a head that differs from the embedding, whatever the config says of tying them.
+
+    It is loaded as it is then, as transformers does (`PreTrainedModel.tie_weights`); mlx-lm would drop it.
+
+    Raises:
+        ValueError: the config says that there is a head apart, and the weights hold none.
+    """
+    weights: dict[str, mx.array] = {}
+    for path in sorted(directory.glob("model*.safetensors")):
+        try:
+            weights |= cast(dict[str, mx.array], mx.load(str(path)))
+        except RuntimeError as error:
+            raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}; {_WHOLE_COPY}") from None
+    head, embedding = _parts(weights, "lm_head"), _parts(weights, "embed_tokens")
+    if not embedding:
+        return False
+    if not head:
+        rows = embedding["weight"].shape[0]
+        as_long = [name for name, array in weights.items() if name.endswith("weight") and array.shape[:1] == (rows,)]
+        if _tied(config) is False and len(as_long) == 1:
+            raise ValueError(
+                f"{directory}: config.json says tie_word_embeddings: false, but the weights hold no lm_head; "
+                "set it to true if the head is the embedding, or take a whole checkpoint"
+            )
+        return False
+    return head.keys() != embedding.keys() or not all(
+        head[kind].shape == embedding[kind].shape and bool(mx.array_equal(head[kind], embedding[kind])) for kind in head
+    )
+
+
+def _parts(weights: dict[str, mx.array], module: str) -> dict[str, mx.array]:
+    """A module's arrays by kind: `weight`, and of a quantised one `scales` and `biases`."""
+    split = {name: name.rsplit(".", 2) for name in weights}
+    return {parts[-1]: weights[name] for name, parts in split.items() if parts[-2:-1] == [module]}
+
+
+def _tied(config: dict[str, Any]) -> bool | None:
+    """What the config says of head and embedding, if it does."""
+    return (config.get("text_config") or config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
+
+
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """What to change in a config so that the head is not the embedding."""
+    changes: dict[str, Any] = {"tie_word_embeddings": False}
+    if text := config.get("text_config"):
+        changes["text_config"] = text | changes
+    return changes
 
 
 def has_experts(model: nn.Module) -> bool:

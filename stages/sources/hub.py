@@ -14,7 +14,11 @@ from stages.sources.copies import Copy, unlink_through
 _SHA256, _GIT_SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 
 
-def from_hub(repo: str, revision: str | None, *, with_code: bool, refresh: bool) -> Copy:
+def from_hub(repo: str, revision: str | None, *, with_code: bool, refresh: bool, pinned: bool) -> Copy:
+    """The snapshot of a revision, out of the cache if it is there; `refresh` asks the Hub where a branch stands now.
+
+    Of a `pinned` revision, which base.json names and params.yaml may not, errors say so.
+    """
     from huggingface_hub import HfApi, snapshot_download
 
     patterns = list(MODEL_FILES + (CODE_FILES if with_code else ()))
@@ -27,7 +31,7 @@ def from_hub(repo: str, revision: str | None, *, with_code: bool, refresh: bool)
             )
         )
 
-    name = repo if revision is None else f"{repo} at {revision}"
+    name = repo if revision is None else f"{repo} at {revision}{', which base.json pins' * pinned}"
     with _explaining_hub(name):
         if refresh:
             HfApi().model_info(repo, revision=revision)  # else an unreachable Hub would pass for an unmoved branch
@@ -70,7 +74,10 @@ def _explaining_hub(name: str) -> Iterator[None]:
     except GatedRepoError:
         raise ValueError(f"{name}: the Hub wants you to accept its licence first, then: hf auth login") from None
     except RevisionNotFoundError:
-        raise ValueError(f"{name}: the Hub has no such revision; mend model.revision, or fetch --refresh") from None
+        raise ValueError(
+            f"{name}: the Hub has no such revision; mend model.revision, "
+            "or take what the Hub has now with: python -m stages.fetch --refresh"
+        ) from None
     except RepositoryNotFoundError:
         raise ValueError(f"{name}: the Hub has no such model (or it is private: hf auth login)") from None
     except (OSError, HTTPError, RuntimeError) as error:

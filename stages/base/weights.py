@@ -1,4 +1,4 @@
-"""How many tokens a base model's embedding knows, read from the headers of its safetensors files."""
+"""The number of tokens that a base model's embedding knows, read from the headers of its safetensors files."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +25,7 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.utils import get_total_parameters
 
+from stages.files.outputs import read_json
 from stages.lora.arrays import write_arrays
 from stages.lora.targets import chosen, layer_indices, resolve, routers
 from stages.model.kinds import LINEAR, SWITCH
@@ -196,8 +197,8 @@ def read_config(directory: Path) -> LoraConfig:
         ValueError: the files are missing or not of this format.
     """
     path = directory / CONFIG_FILE
+    content = read_json(path, "make it with: python -m stages.train")
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         lora = content["lora_parameters"]
         kind = content.get("fine_tune_type", "lora")
         keys, layers = lora.get("keys"), content["num_layers"]
@@ -210,9 +211,7 @@ def read_config(directory: Path) -> LoraConfig:
             raise ValueError(f"{path}: fine_tune_type {kind!r} is no adapter that can be loaded; lora and dora are")
         layers = layers if isinstance(layers, int) else tuple(layers)
         return LoraConfig(lora["rank"], lora["scale"], lora["dropout"], tuple(keys), layers, kind)
-    except FileNotFoundError as error:
-        raise ValueError(f"{error.filename}: no such file; make it with: python -m stages.train") from None
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not an adapter's config ({type(error).__name__}: {error})") from None
 
 

@@ -75,7 +75,7 @@ def _open(directory: Path, *, trust_remote_code: bool) -> tuple[nn.Module, dict[
 
 
 def has_own_head(directory: Path, config: dict[str, Any]) -> bool:
-    """Whether the weights hold a head that differs from the embedding, whatever the config says of tying them.
+    """True if the weights hold a head that differs from the embedding although the config does not say so.
 
     It is loaded as it is then, as transformers does (`PreTrainedModel.tie_weights`); mlx-lm would drop it.
 
@@ -100,6 +100,8 @@ def has_own_head(directory: Path, config: dict[str, Any]) -> bool:
                 "set it to true if the head is the embedding, or take a whole checkpoint"
             )
         return False
+    if _tied(config) is False:
+        return False  # loaded as it is without a change; comparing would read both
     return head.keys() != embedding.keys() or not all(
         head[kind].shape == embedding[kind].shape and bool(mx.array_equal(head[kind], embedding[kind])) for kind in head
     )
@@ -112,12 +114,12 @@ def _parts(weights: dict[str, mx.array], module: str) -> dict[str, mx.array]:
 
 
 def _tied(config: dict[str, Any]) -> bool | None:
-    """What the config says of head and embedding, if it does."""
+    """`tie_word_embeddings` of a config, if it is there."""
     return (config.get("text_config") or config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
 
 
 def untied(config: dict[str, Any]) -> dict[str, Any]:
-    """What to change in a config so that the head is not the embedding."""
+    """The changes to a config that make the head another matrix than the embedding."""
     changes: dict[str, Any] = {"tie_word_embeddings": False}
     if text := config.get("text_config"):
         changes["text_config"] = text | changes

@@ -64,7 +64,13 @@ def read_metadata(path: Path) -> dict[str, Any]:
         ValueError: the file is missing or is none of ours.
     """
     with _open(path) as file:
-        return dict(json.loads(file.metadata.metadata[_KEY.encode()]))
+        try:
+            about = dict(json.loads(file.metadata.metadata[_KEY.encode()]))
+        except (KeyError, TypeError, ValueError):
+            about = {}
+    if not about.keys() >= {"tokenizer", "policy"}:
+        raise ValueError(f"{path}: its metadata is damaged; make it anew with: python -m stages.tokenize")
+    return about
 
 
 def read_tokens(path: Path, *, tokenizer: str) -> list[TokenRow]:

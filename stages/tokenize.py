@@ -52,7 +52,7 @@ def tokenize(
     outputs.refuse_foreign(out, [f"{name}.parquet" for name in SPLITS], inputs=[prepared])
     manifest = read_manifest(base_file)
     tokenizer = load_tokenizer(locate(manifest), trust_remote_code=settings.model.trust_remote_code)
-    encoder = Encoder(tokenizer, **options.model_dump(exclude={"on_bad_row"}))
+    encoder = Encoder(tokenizer, options)
     tally = Tally(fallback_ids(encoder.backend))
     made_of = _sources(prepared)
     about = {"tokenizer": manifest.tokenizer_identity, "policy": options.model_dump(), "sources": made_of["sources"]}
@@ -69,7 +69,9 @@ def tokenize(
         figures = {name: tally.figures(name) for name in _COLUMNS}
     outputs.write_json(metrics, figures)
     outputs.write_text(plot, "".join(["length,split,rows\n", *(f"{a},{b},{c}\n" for a, b, c in tally.histogram())]))
-    _tell(figures, tally.advice(options.max_length), out, time.perf_counter() - started)
+    _tell(
+        figures, [*_notes(tally, figures["all"]), *tally.advice(options.max_length)], out, time.perf_counter() - started
+    )
 
 
 def _sources(prepared: Path) -> dict[str, Any]:
@@ -114,9 +116,23 @@ def _refuse_empty(name: str, figures: dict[str, Any]) -> None:
         )
 
 
-def _tell(figures: dict[str, dict[str, Any]], advice: list[str], out: Path, seconds: float) -> None:
+def _notes(tally: Tally, total: dict[str, Any]) -> list[str]:
+    """What happened to answers, thoughts and control tokens, where something did."""
+    notes = [tally.answers()]
+    if count := total["thoughts_left_out"]:
+        notes.append(f"{count:,} thoughts of earlier turns are left out by the chat template, as they will be in use")
+    if count := total["special_in_content"]:
+        notes.append(
+            f"{count:,} rows spell control tokens: read as text; if they are meant as tokens, as in texts that a chat "
+            "template made, set tokenize.special_in_content: allow"
+        )
+    return [note for note in notes if note]
+
+
+def _tell(figures: dict[str, dict[str, Any]], notes: list[str], out: Path, seconds: float) -> None:
     total = figures["all"]
-    shown = [key for key in total if total[key] or not key.startswith("dropped_")]
+    rare = ("dropped_", "answers_", "thoughts_", "special_", "assistant_turns", "trained_answers")
+    shown = [key for key in total if total[key] or not key.startswith(rare)]
     console.table(
         f"Tokens → {out}",
         ("", *_COLUMNS),
@@ -125,7 +141,7 @@ def _tell(figures: dict[str, dict[str, Any]], advice: list[str], out: Path, seco
     dropped = total["rows_in"] - total["rows_used"]
     rates = f"{total['rows_in'] / seconds:,.0f} rows/s, {total['tokens'] / seconds:,.0f} tokens/s"
     console.say(f"{total['rows_in']:,} rows in = {total['rows_used']:,} used + {dropped:,} dropped; {rates}")
-    for line in advice:
+    for line in notes:
         console.say(line)
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from stages.chat.template import ChatTemplate
-from tests.support.tokenizers import CHATML, tokenizer
+from tests.support.tokenizers import CHATML, chat_template, said
 
 TURNS = [
     {"role": "user", "content": "one?"},
@@ -20,8 +19,7 @@ TAIL = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endi
 
 
 def learned(template: str, turns: list[dict[str, str]] | None = None) -> list[str]:
-    found = ChatTemplate(tokenizer(template=template)).conversation(turns or TURNS, None)
-    return [found.text[span.start : span.end] for span in found.answers]
+    return said(chat_template(template).conversation(turns or TURNS, None))
 
 
 def test_every_answer_is_found_with_its_end_of_turn() -> None:
@@ -57,7 +55,7 @@ def test_a_template_without_special_tokens() -> None:
         "{% if add_generation_prompt %}A: {% endif %}"
     )
     assert learned(template) == ["ONE\n", "TWO\n"]
-    assert ChatTemplate(tokenizer(template=template)).conversation(TURNS, None).open_end
+    assert chat_template(template).conversation(TURNS, None).open_end
 
 
 def test_white_space_that_the_template_trims() -> None:
@@ -97,8 +95,7 @@ def test_a_call_of_a_tool_is_learned() -> None:
         {"role": "tool", "content": "rain"},
         {"role": "assistant", "content": "It rains."},
     ]
-    found = ChatTemplate(tokenizer(template=template)).conversation(turns, [{"name": "look"}])
-    assert [found.text[s.start : s.end] for s in found.answers] == [
+    assert said(chat_template(template).conversation(turns, None)) == [
         "<call>look</call><|im_end|>",
         "It rains.<|im_end|>",
     ]
@@ -133,4 +130,4 @@ def test_a_template_that_loses_content_is_noticed(template: str, line: str) -> N
 
 def test_no_template_at_all() -> None:
     with pytest.raises(ValueError, match="the tokenizer has no chat template; give one in tokenize"):
-        ChatTemplate(tokenizer(template=None)).conversation(TURNS, None)
+        chat_template(None).conversation(TURNS, None)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stages.encoding.encoder import Encoded, Encoder
 from stages.prepared.row import PreparedRow
-from tests.support.tokenizers import CHATML, tokenizer
+from tests.support.tokenizers import CHATML, options, tokenizer
 
 PAIR = PreparedRow("1", "f:1", prompt="Q: ab", completion="cd")
 TALK = PreparedRow(
@@ -24,16 +24,16 @@ TALK = PreparedRow(
 TEXT = PreparedRow("3", "f:3", text="first line\nA: second line")
 
 
-def encode(row: PreparedRow, made: Any = None, **options: Any) -> Encoded:
-    [encoded] = Encoder(made or tokenizer(), **{"max_length": 512, "train_on": "completion", **options}).encode([row])
+def encode(row: PreparedRow, made: Any = None, **changes: Any) -> Encoded:
+    [encoded] = Encoder(made or tokenizer(), options(**changes)).encode([row])
     return encoded
 
 
-def learned(row: PreparedRow, made: Any = None, **options: Any) -> list[str]:
+def learned(row: PreparedRow, made: Any = None, **changes: Any) -> list[str]:
     """The text of each run of trained tokens."""
     made = made or tokenizer()
     runs: list[str] = []
-    for token_row in encode(row, made, **options).rows:
+    for token_row in encode(row, made, **changes).rows:
         before = False
         for index, on in zip(token_row.input_ids, token_row.loss_mask, strict=True):
             if on:
@@ -69,7 +69,7 @@ def test_what_follows_the_answer_marker_is_learned() -> None:
     assert learned(TEXT, answer_marker="A: ") == ["second line<|end|>"]
     assert learned(TEXT, answer_marker="A: ", train_on="all")[0].startswith("irst")
     missing = encode(TEXT, answer_marker="B: ")
-    assert (missing.reason, missing.rows) == ("bad", [])
+    assert (missing.reason, missing.rows) == ("bad", ())
     assert missing.message.startswith("f:3: has no 'B: ', which tokenize.answer_marker names")
 
 
@@ -145,7 +145,7 @@ def test_a_long_conversation_keeps_its_last_answer() -> None:
 def test_long_rows_can_be_dropped_or_refused() -> None:
     for mode in ("drop", "error"):
         encoded = encode(LONG, max_length=16, over_length=mode)
-        assert (encoded.reason, encoded.rows, encoded.length) == ("too_long", [], 37)
+        assert (encoded.reason, encoded.rows, encoded.length) == ("too_long", (), 37)
         assert encoded.message == (
             "f:1: has 37 tokens; raise tokenize.max_length (16) or set tokenize.over_length: truncate"
         )
@@ -191,9 +191,9 @@ words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 @given(words, words, st.sampled_from(["completion", "all"]), st.integers(8, 40), st.sampled_from(["truncate", "split"]))
 def test_lengths_and_offsets_agree(prompt: str, completion: str, train_on: Any, limit: int, mode: Any) -> None:
     row = PreparedRow("1", "f:1", prompt=prompt, completion=completion)
-    by_lengths = Encoder(MADE, max_length=limit, train_on=train_on, over_length=mode)
-    by_offsets = Encoder(MADE, max_length=limit, train_on=train_on, over_length=mode)
-    by_offsets._byte_lengths = None
+    chosen = options(max_length=limit, train_on=train_on, over_length=mode)
+    by_lengths, by_offsets = Encoder(MADE, chosen), Encoder(MADE, chosen)
+    by_offsets._masker.byte_lengths = None
     [one], [other] = by_lengths.encode([row]), by_offsets.encode([row])
     assert one.reason == other.reason
     for a, b in zip(one.rows, other.rows, strict=True):

@@ -10,12 +10,16 @@ from stages.encoding.encoder import Encoder
 from stages.prepared.row import PreparedRow
 from stages.sampling.prompts import Prompts
 from stages.schemas.schemas import Shapes
-from tests.support.tokenizers import CHATML, tokenizer
+from tests.support.tokenizers import CHATML, options, tokenizer
 
 
-def prompts(made: Any, template: str | None = "Q: {question}\nA: {answer}", **options: Any) -> Prompts:
-    defaults: dict[str, Any] = {"columns": {}, "normalize": "NFC", "chat_template": None}
-    return Prompts(made, template=template, **(defaults | options))
+def prompts(
+    made: Any,
+    template: str | None = "Q: {question}\nA: {answer}",
+    columns: dict[str, str] | None = None,
+    **changes: Any,
+) -> Prompts:
+    return Prompts(made, template=template, columns=columns or {}, normalize="NFC", options=options(**changes))
 
 
 @pytest.mark.parametrize("template", ["Q: {question}\nA: {answer}", None])
@@ -25,7 +29,7 @@ def test_a_prompt_is_the_start_of_its_training_row(template: str | None, bos: bo
     row = {"question": "why?", "answer": "so."}
     shapes = Shapes(template)
     content = shapes.content(row, shapes.detect(row))
-    [encoded] = Encoder(made, max_length=512, train_on="completion").encode([PreparedRow("1", "f:1", **content)])
+    [encoded] = Encoder(made, options()).encode([PreparedRow("1", "f:1", **content)])
     ids = prompts(made, template).of_row({"question": "why?"}).ids
     trained = encoded.rows[0].loss_mask.argmax()
     assert encoded.rows[0].input_ids[:trained].tolist() == ids

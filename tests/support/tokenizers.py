@@ -6,6 +6,12 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from stages.chat.template import ChatTemplate, Conversation
+from stages.chat.tokenizer import TextTokenizer
+from stages.params import schema
+from stages.params.loading import load_params
+from tests.support.imports import ROOT
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -34,3 +40,20 @@ def tokenizer(*merges: tuple[str, str], template: str | None = CHATML, bos: bool
     made = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     made.chat_template = template
     return made
+
+
+def options(**changes: Any) -> schema.Tokenize:
+    """The `tokenize` section of the project's params.yaml without overlap, with changes."""
+    section = load_params(ROOT / "params.yaml").tokenize
+    return schema.Tokenize(**{**section.model_dump(), "overlap": 0, **changes})
+
+
+def chat_template(template: str | None, *, date: str = "2026-01-01") -> ChatTemplate:
+    """A chat template for the tokenizer of `tokenizer`."""
+    made = tokenizer(template=template)
+    return ChatTemplate(made, date=date, control=TextTokenizer(made).control)
+
+
+def said(conversation: Conversation) -> list[str]:
+    """What is learned of each answer."""
+    return ["".join(conversation.text[s.start : s.end] for s in answer.spans) for answer in conversation.answers]

@@ -26,6 +26,7 @@ from stages.chat.strings import (
     opening,
     spellings,
     strings_of_tools,
+    without_thought,
 )
 
 _HINT = "give another in tokenize.chat_template, or mend the row"
@@ -120,12 +121,16 @@ class SkeletonMaker:
         self._check_order(messages, strings, order, text)
         borders = [0, *(edge for match in found for edge in match.span()), len(text)]
         words = tuple(text[borders[k] : borders[k + 1]] for k in range(0, len(borders), 2))
-        view = _View(self, turns, tools, words, order, [strings[number].turn for number in order])
+        thoughtless = frozenset(string.turn for number, string in enumerate(strings) if number not in order)
+        view = _View(self, turns, tools, words, order, [strings[number].turn for number in order], thoughtless)
         answers = tuple(view.answer(turn) for turn, message in enumerate(turns) if message["role"] == "assistant")
         left_out = self._left_out(view, messages, strings)
         self._check_names(messages, view, answers)
         self._check_tools(turns, tools, text, words, answers)
         held = tuple(match[2] for match in found) if around else ()
+        for number, text in zip(order, held, strict=False):
+            if text not in spellings(strings[number].text):
+                raise ValueError(left_out(messages, strings[number], changed=True))
         return Skeleton(words, order, held, answers, left_out)
 
     def header(self) -> str:
@@ -174,7 +179,8 @@ class SkeletonMaker:
                 own = [n for n, other in enumerate(strings) if other.turn == string.turn]
                 parts = any(opening(n) in text or closing(n) in text for n in own)
                 raise ValueError(left_out(messages, string, repeated=count > 1, changed=parts))
-        turns = [strings[number].turn for number in order]
+        # A system prompt may stand anywhere, as in the last question.
+        turns = [turn for turn in (strings[number].turn for number in order) if not _is_system(messages[turn])]
         if turns != sorted(turns):
             raise ValueError(f"the chat template changes the order of the turns {roles(messages)}; {_HINT}")
 
@@ -228,6 +234,7 @@ class _View:
     words: tuple[str, ...]
     order: tuple[int, ...]
     owners: Sequence[int]
+    thoughtless: frozenset[int]  # turns with a thought that is left out
 
     def ending_with(self, turn: int) -> str | None:
         """The text of the turns up to this one."""
@@ -239,8 +246,10 @@ class _View:
         Raises:
             ValueError: the template gives it no words at all.
         """
-        before = sum(owner < turn for owner in self.owners)
-        after = before + self.owners.count(turn)
+        own = [place for place, owner in enumerate(self.owners) if owner == turn]
+        earlier = [k for k, owner in enumerate(self.owners) if owner < turn and not _is_system(self.turns[owner])]
+        before = own[0] if own else max(earlier, default=-1) + 1
+        after = own[-1] + 1 if own else before
         start = self._start(turn, before)
         low = start if before == after else 0
         end, closes = self._end(turn, after, low)
@@ -273,12 +282,18 @@ class _View:
             reach = reach if maker.control(words, low, reach) else len(words)
             tokens = maker.control(words, low, reach)
         else:
-            alone = self._following(self.ending_with(turn), after)
+            # A thought that is left out here but not where the turn is the last would hide what is the same.
+            last = without_thought(self.turns[turn]) if turn in self.thoughtless else self.turns[turn]
+            alone = self._following(maker.try_render([*self.turns[:turn], last], self.tools), after)
             reach = low if alone is None else max(maker.agreement(words, alone), low)
             tokens = maker.control(words, low, reach)
-            if not tokens and (alone is None or maker.control(alone)):
+            if not tokens and alone is not None and maker.control(alone, low):
                 # The last turn ends with another token: in the middle it is the first that follows.
                 tokens = maker.control(words, low)[:1]
+            if not tokens and (alone is None or reach < len(alone)):
+                raise ValueError(
+                    f"where turn {turn + 1} (assistant) of {roles(self.turns)} ends cannot be told; {_HINT}"
+                )
         return (tokens[-1][1], tokens[-1][0]) if tokens else (reach, reach)
 
     def _following(self, text: str | None, place: int) -> str | None:
@@ -287,6 +302,10 @@ class _View:
             return text
         _, mark, following = text.partition(closing(self.order[place - 1]))
         return following if mark else None
+
+
+def _is_system(message: Message) -> bool:
+    return message["role"] in ("system", "developer")
 
 
 def left_out(

@@ -13,6 +13,8 @@ Message = dict[str, Any]
 MARK = re.compile(r"xSAID(\d+)x(.*?)xOVER\1x", re.DOTALL)
 # A thought may stand in the content, as the model writes it: "<think>…</think>…", or without the first tag.
 _THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
+# Words of a system prompt that templates take out as switches.
+_SWITCH = re.compile(r"(/no_think|/think)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,11 @@ class _Marker:
 
     def _content(self, turn: int, message: Message) -> str:
         content: str = message["content"]
+        if message["role"] == "system":
+            pieces = _SWITCH.split(content)
+            return "".join(p if i % 2 else self.mark(turn, "content", p) for i, p in enumerate(pieces))
         parts = _THOUGHT.match(content) if message["role"] == "assistant" else None
-        if not parts:
+        if not parts or not (parts[1].strip() or parts[2].strip()):
             return self.mark(turn, "content", content)
         tags = [content[: parts.start(1)] if self._around else content[: parts.start(1)].strip(), "</think>"]
         return tags[0] + self.mark(turn, "thought", parts[1]) + tags[1] + self.mark(turn, "content", parts[2])

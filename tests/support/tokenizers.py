@@ -11,6 +11,7 @@ from stages.chat.tokenizer import TextTokenizer
 from stages.params import schema
 from stages.params.loading import load_params
 from tests.support.imports import ROOT
+from tests.support.templates import Family
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -19,8 +20,17 @@ CHATML = (
 SPECIAL = ("<|end|>", "<|im_start|>", "<|im_end|>", "<s>")
 
 
-def tokenizer(*merges: tuple[str, str], template: str | None = CHATML, bos: bool = False, trim: bool = False) -> Any:
-    """A byte-level tokenizer; `bos`: it puts <s> before a text; `trim`: it trims white space from offsets."""
+def tokenizer(
+    *merges: tuple[str, str],
+    template: str | None = CHATML,
+    bos: bool = False,
+    trim: bool = False,
+    family: Family | None = None,
+) -> Any:
+    """A byte-level tokenizer; `bos`: it puts <s> before a text; `trim`: it trims white space from offsets.
+
+    Of a `family` it has the template and the control tokens.
+    """
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -28,7 +38,9 @@ def tokenizer(*merges: tuple[str, str], template: str | None = CHATML, bos: bool
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (family.control if family else SPECIAL)]
+    )
     parts: list[Any] = [processors.ByteLevel(trim_offsets=True)] if trim else []
     if bos:
         parts.append(
@@ -37,8 +49,10 @@ def tokenizer(*merges: tuple[str, str], template: str | None = CHATML, bos: bool
     if parts:
         backend.post_processor = processors.Sequence(parts)
     names = {"eos_token": "<|end|>", **({"bos_token": "<s>"} if bos else {})}
+    if family:
+        names = {"eos_token": family.eos, **({"bos_token": family.bos} if family.bos else {})}
     made = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-    made.chat_template = template
+    made.chat_template = family.template if family else template
     return made
 
 
@@ -48,10 +62,10 @@ def options(**changes: Any) -> schema.Tokenize:
     return schema.Tokenize(**{**section.model_dump(), "overlap": 0, **changes})
 
 
-def chat_template(template: str | None, *, date: str = "2026-01-01") -> ChatTemplate:
-    """A chat template for the tokenizer of `tokenizer`."""
-    made = tokenizer(template=template)
-    return ChatTemplate(made, date=date, control=TextTokenizer(made).control)
+def chat_template(template: str | None, *, date: str = "2026-01-01", family: Family | None = None) -> ChatTemplate:
+    """A chat template, or a family's, for the tokenizer of `tokenizer`."""
+    made = tokenizer(template=template, family=family)
+    return ChatTemplate(made, template if family else None, date=date, control=TextTokenizer(made).control)
 
 
 def said(conversation: Conversation) -> list[str]:

@@ -130,7 +130,7 @@ class SkeletonMaker:
         held = tuple(match[2] for match in found) if around else ()
         for number, text in zip(order, held, strict=False):
             if text not in spellings(strings[number].text):
-                raise ValueError(left_out(messages, strings[number], changed=True))
+                raise ValueError(not_kept(messages, strings[number], changed=True))
         return Skeleton(words, order, held, answers, left_out)
 
     def header(self) -> str:
@@ -178,7 +178,7 @@ class SkeletonMaker:
             if count > 1 or (not count and string.kind != "thought"):
                 own = [n for n, other in enumerate(strings) if other.turn == string.turn]
                 parts = any(opening(n) in text or closing(n) in text for n in own)
-                raise ValueError(left_out(messages, string, repeated=count > 1, changed=parts))
+                raise ValueError(not_kept(messages, string, repeated=count > 1, changed=parts))
         # A system prompt may stand anywhere, as in the last question.
         turns = [turn for turn in (strings[number].turn for number in order) if not _is_system(messages[turn])]
         if turns != sorted(turns):
@@ -195,7 +195,7 @@ class SkeletonMaker:
             string = strings[number]
             alone = view.ending_with(string.turn)
             if alone is None or closing(number) not in alone or string.turn == len(messages) - 1:
-                raise ValueError(left_out(messages, string))
+                raise ValueError(not_kept(messages, string))
         return len(missing)
 
     def _check_names(self, messages: Sequence[Message], view: _View, answers: Sequence[AnswerBorders]) -> None:
@@ -203,7 +203,7 @@ class SkeletonMaker:
             said = "\n".join(view.words[answer.start.words : answer.end.words + 1])
             for name in names_of_calls(messages[answer.turn]):
                 if not _stands_in(name, said):
-                    raise ValueError(left_out(messages, String(answer.turn, "argument", name), name=name))
+                    raise ValueError(not_kept(messages, String(answer.turn, "argument", name), name=name))
 
     def _check_tools(
         self,
@@ -308,7 +308,7 @@ def _is_system(message: Message) -> bool:
     return message["role"] in ("system", "developer")
 
 
-def left_out(
+def not_kept(
     messages: Sequence[Message], string: String, *, repeated: bool = False, changed: bool = False, name: str = ""
 ) -> str:
     """The message for a string that the template does not keep."""

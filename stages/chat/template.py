@@ -17,7 +17,7 @@ from typing import Any
 
 from stages.chat.control import ControlTokens
 from stages.chat.render import Render, render
-from stages.chat.skeleton import Fit, Skeleton, SkeletonMaker, fit, left_out
+from stages.chat.skeleton import Fit, Skeleton, SkeletonMaker, fit, not_kept
 from stages.chat.strings import Message, String, marked
 
 _SKELETONS = 512  # kept at a time
@@ -111,7 +111,7 @@ class ChatTemplate:
         else:
             if found.failed is None:
                 return self._located(made, skeleton, found, messages, strings)
-            problem = left_out(messages, strings[found.failed], changed=True)
+            problem = not_kept(messages, strings[found.failed], changed=True)
         # The template words a turn by a content: it has to see the contents.
         strings = marked(messages, around=True)[1]
         try:

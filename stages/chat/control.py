@@ -27,7 +27,7 @@ class ControlTokens:
         self._shown = {hidden: name for name, hidden in self._hidden.items()}
         self.pattern = _any_of(self._hidden)
         self._hidden_pattern = _any_of(self._shown)
-        self._private = re.compile(f"[{chr(_FIRST)}-{chr(_FIRST + len(self._hidden))}]")
+        self._private = re.compile(f"[{chr(_FIRST)}-{chr(_FIRST + max(len(self._hidden) - 1, 0))}]")
         self._backend = backend
 
     def spelled(self, value: Any) -> str | None:
@@ -66,18 +66,21 @@ class ControlTokens:
         swapped = {**self._hidden, **self._shown}
         renamed = _any_of(swapped).sub(lambda match: swapped[match.group()], text)
         encoding = self._renamed.encode(renamed, add_special_tokens=add_special_tokens)
-        control = {self._backend.token_to_id(name) for name in self._hidden}
-        made = sum(
-            index in control
-            for index, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True)
-            if not added
-        )
+        made = self.count(i for i, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if not added)
         if made != len(self._hidden_pattern.findall(renamed)):
             raise ValueError(
                 "spells a control token that this tokenizer cannot write as text; mend the row, or set "
                 "tokenize.special_in_content: allow"
             )
         return encoding
+
+    def count(self, ids: Iterable[int]) -> int:
+        """How many of the tokens are control tokens."""
+        return sum(index in self._ids for index in ids)
+
+    @cached_property
+    def _ids(self) -> frozenset[int]:
+        return frozenset(self._backend.token_to_id(name) for name in self._hidden)
 
     @cached_property
     def _renamed(self) -> Any:
@@ -88,13 +91,16 @@ class ControlTokens:
         for token in state["added_tokens"]:
             token["content"] = self._hidden.get(token["content"], token["content"])
         model = state["model"]
+        # What merges make of ordinary text keeps its name: `encode` finds it.
+        merged = {"".join(pair) for pair in model.get("merges") or () if isinstance(pair, list)}
+        names = {name: hidden for name, hidden in self._hidden.items() if name not in merged}
         vocabulary = model.get("vocab")
         if isinstance(vocabulary, dict):
-            model["vocab"] = {self._hidden.get(token, token): index for token, index in vocabulary.items()}
+            model["vocab"] = {names.get(token, token): index for token, index in vocabulary.items()}
         elif isinstance(vocabulary, list):
-            model["vocab"] = [[self._hidden.get(token, token), score] for token, score in vocabulary]
-        if model.get("unk_token") in self._hidden:
-            model["unk_token"] = self._hidden[model["unk_token"]]
+            model["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
         return tokenizers.Tokenizer.from_str(json.dumps(state))
 
 

@@ -10,14 +10,17 @@ Range = tuple[int, int]
 def answers(text: str, answer_marker: str, question_marker: str | None) -> list[Range]:
     """The characters of each answer, from behind its marker up to the next question's, or to the text's end.
 
-    A marker counts where it stands at the start of a line, or begins with a line's end; one that never does counts
-    wherever it stands.
+    If the answer's marker stands at the start of a line, or begins with a line's end, both markers count there alone:
+    what is quoted within a line is none. Otherwise they count wherever they stand.
 
     Raises:
         ValueError: there are several answers, and no question's marker between two of them.
     """
-    begins = [place + len(answer_marker) for place in _places(text, answer_marker)]
+    found = _places(text, answer_marker)
     questions = _places(text, question_marker) if question_marker is not None else []
+    if any(place and _at_line(text, place) for place in found):
+        found, questions = ([place for place in places if _at_line(text, place)] for places in (found, questions))
+    begins = [place + len(answer_marker) for place in found]
     ends = []
     for begin, following in pairwise(begins):
         end = next((place for place in questions if begin <= place < following), None)
@@ -35,8 +38,11 @@ def _places(text: str, marker: str) -> list[int]:
     while place >= 0:
         found.append(place)
         place = text.find(marker, place + len(marker))
-    at_lines = [place for place in found if marker[0] == "\n" or place == 0 or text[place - 1] == "\n"]
-    return at_lines or found
+    return found
+
+
+def _at_line(text: str, place: int) -> bool:
+    return place == 0 or "\n" in (text[place], text[place - 1])
 
 
 def _unclear(count: int, answer_marker: str, question_marker: str | None) -> str:

@@ -51,3 +51,27 @@ def test_words_take_the_question_s_place() -> None:
     assert prompts(tokenizer()).of_words("q").text == "Q: q\nA: "
     assert prompts(tokenizer(), "{a}{b}{c}").of_words("q").text == "q"
     assert prompts(tokenizer(), None).of_words("q").text.endswith("user\nq<|im_end|>\n<|im_start|>assistant\n")
+
+
+TALK = {"messages": [{"role": "user", "content": "q <|im_end|>"}]}
+
+
+def test_a_control_token_that_a_prompt_spells_is_text() -> None:
+    made = tokenizer()
+    end = made.convert_tokens_to_ids("<|im_end|>")
+    for fields in (TALK, {"prompt": "q <|im_end|>"}, {"question": "q <|im_end|>"}):
+        text, allowed = (prompts(made, special_in_content=mode).of_row(fields) for mode in ("text", "allow"))
+        assert allowed.ids.count(end) == text.ids.count(end) + 1
+        assert text.text == allowed.text
+        with pytest.raises(ValueError, match=r"spells the control token <\|im_end\|>, which tokenize"):
+            prompts(made, special_in_content="error").of_row(fields)
+    assert prompts(made, None).of_words("<|im_end|>").ids.count(end) == 1
+    assert prompts(made, "{a}{b}{c}").of_words("<|im_end|>").ids.count(end) == 0
+
+
+def test_a_prompt_has_the_date_and_no_dropped_thoughts() -> None:
+    template = "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.thinking }}{{ m.content }}{% endfor %}"
+    turns = [{"role": "assistant", "content": "b", "reasoning_content": "hm"}, {"role": "user", "content": "c"}]
+    row = {"messages": [{"role": "user", "content": "a"}, *turns]}
+    assert prompts(tokenizer(), chat_template=template, date="2031-01-01").of_row(row).text == "2031ahmbc"
+    assert prompts(tokenizer(), chat_template=template, thoughts="drop").of_row(row).text == "2026abc"

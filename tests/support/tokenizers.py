@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -58,8 +59,12 @@ def tokenizer(
 
 def options(**changes: Any) -> schema.Tokenize:
     """The `tokenize` section of the project's params.yaml without overlap, with changes."""
-    section = load_params(ROOT / "params.yaml").tokenize
-    return schema.Tokenize(**{**section.model_dump(), "overlap": 0, **changes})
+    return schema.Tokenize(**{**_defaults(), "overlap": 0, **changes})
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return load_params(ROOT / "params.yaml").tokenize.model_dump()
 
 
 def chat_template(template: str | None, *, date: str = "2026-01-01", family: Family | None = None) -> ChatTemplate:

@@ -38,22 +38,24 @@ def render(
     # The compiled template is transformers' own, with its sandbox and filters; its public function takes no clock.
     from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
-    marks = _GENERATION.search(template) is not None
+    variables = {
+        "messages": [_as_templates_read(message) for message in messages],
+        "tools": list(tools) if tools else None,
+        "documents": None,
+        "add_generation_prompt": ask,
+        "strftime_now": datetime.fromisoformat(date).strftime,
+        **names,
+    }
     try:
-        text, generated = _render_with_assistant_indices(
-            _compile_jinja_template(template),
-            [_as_templates_read(message) for message in messages],
-            list(tools) if tools else None,
-            None,
-            ask,
-            strftime_now=datetime.fromisoformat(date).strftime,
-            **names,
-        )
+        compiled = _compile_jinja_template(template)
+        if not _GENERATION.search(template):
+            return Render(compiled.render(**variables), None)
+        text, generated = _render_with_assistant_indices(compiled, **variables)
     # A template is a program: it fails in its own words (raise_exception) or in Python's.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"the chat template rejects the turns {roles(messages)}: {reason}") from None
-    return Render(text, tuple(generated) if marks else None)
+    return Render(text, tuple(generated))
 
 
 def roles(messages: Sequence[Message]) -> str:

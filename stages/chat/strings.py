@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 Message = dict[str, Any]
 
-MARK = re.compile(r"xSAID(\d+)x(.*?)xOVER\1x", re.DOTALL)
+# Private-use characters: no template looks for them in a content, and JSON keeps them.
+MARK = re.compile("\uf8f0(\\d+)\uf8f1(.*?)\uf8f2\\1\uf8f3", re.DOTALL)
 # A thought may stand in the content, as the model writes it: "<think>…</think>…", or without the first tag.
 _THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
 # Words of a system prompt that templates take out as switches.
@@ -28,12 +29,12 @@ class String:
 
 def opening(number: int) -> str:
     """The start of the mark in place of the string of that number."""
-    return f"xSAID{number}x"
+    return f"\uf8f0{number}\uf8f1"
 
 
 def closing(number: int) -> str:
     """The end of the mark in place of the string of that number."""
-    return f"xOVER{number}x"
+    return f"\uf8f2{number}\uf8f3"
 
 
 class _Marker:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from stages.chat.borders import Writer
 from stages.chat.control import ControlTokens
 from stages.chat.render import Render, render
 from stages.chat.skeleton import Fit, Skeleton, SkeletonMaker, fit, not_kept
@@ -67,7 +68,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, template: str | None = None, *, date: str, control: ControlTokens) -> None:
         self._tokenizer, self._given, self._date, self._control = tokenizer, template, date, control
         self._names = dict(tokenizer.special_tokens_map)
-        self._maker = SkeletonMaker(lambda turns, tools, ask: self._render(turns, tools, ask).text, control.pattern)
+        writer = Writer(lambda turns, tools, ask: self._render(turns, tools, ask).text, control.pattern)
+        self._maker = SkeletonMaker(writer)
         self._skeleton = lru_cache(_SKELETONS)(self._make_skeleton)
         self._used: set[str] = set()
 

@@ -13,7 +13,7 @@ Message = dict[str, Any]
 # Private-use characters: no template looks for them in a content, and JSON keeps them.
 MARK = re.compile("\uf8f0(\\d+)\uf8f1(.*?)\uf8f2\\1\uf8f3", re.DOTALL)
 # A thought may stand in the content, as the model writes it: "<think>…</think>…", or without the first tag.
-_THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
+_THOUGHT = re.compile(r"\s*(?:<think>)?((?:(?!<think>).)*?)</think>(.*)", re.DOTALL)
 # Words of a system prompt that templates take out as switches.
 _SWITCH = re.compile(r"(/no_think|/think)")
 

@@ -236,6 +236,17 @@ def test_a_thought_in_the_content_is_a_thought() -> None:
     assert learned(row, thoughts="drop")[1] == "ww<|im_end|>"
 
 
+@pytest.mark.parametrize("content", ["<think>hm</think>ww", "hm</think>\nww", "\n<think>\n\n</think>\n\nww"])
+def test_a_thought_is_dropped_with_its_tags(content: str) -> None:
+    assert learned(changed(3, content=content), thoughts="drop")[1] == "ww<|im_end|>"
+
+
+def test_tags_of_thoughts_within_an_answer_are_its_words() -> None:
+    row = changed(3, content="say <think>hm</think>")
+    for mode in ("train", "mask", "drop"):
+        assert learned(row, thoughts=mode)[1] == "say <think>hm</think><|im_end|>"
+
+
 def ends(row: PreparedRow, **changes: Any) -> int:
     """How often the token <|im_end|> stands in a row."""
     made = tokenizer()

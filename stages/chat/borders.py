@@ -50,7 +50,7 @@ class Writer:
     ) -> None:
         self._render, self._control = render, control
         self._headers: dict[bool, str] = {}
-        self.known: dict[Any, tuple[int, int, int]] = {}
+        self._known: dict[Any, tuple[int, int, int]] = {}
 
     def header(self, tools: Sequence[Any] | None) -> str:
         """What the template writes at the start of any answer; "" if that cannot be told."""
@@ -58,6 +58,14 @@ class Writer:
         if bool(tools) not in self._headers:
             self._headers[bool(tools)] = self._find_header(tools)
         return self._headers[bool(tools)]
+
+    def once(self, key: Any, find: Callable[[], tuple[int, int, int]]) -> tuple[int, int, int]:
+        """What `find` gives, found once for a key."""
+        if key not in self._known:
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            self._known[key] = find()
+        return self._known[key]
 
     def render(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> str:
         """The text.
@@ -142,12 +150,7 @@ class View:
         last = self.owners[after] if after < len(self.owners) else len(self.turns)
         nearby = tuple(message["role"] for message in self.turns[max(first, 0) : last + 1])
         key = (self.words[before], self.words[after], nearby, before == 0, turn - first, turn == len(self.turns) - 1)
-        known = self.writer.known
-        if key not in known:
-            if len(known) >= _KNOWN:
-                known.clear()
-            known[key] = (self._start(turn, before), *self._end(turn, after, 0))
-        return known[key]
+        return self.writer.once(key, lambda: (self._start(turn, before), *self._end(turn, after, 0)))
 
     def _start(self, turn: int, before: int) -> int:
         """How far into the words before the turn's first string its header reaches."""

@@ -24,6 +24,9 @@ from stages.chat.strings import (
     strings_of_tools,
 )
 
+_KNOWS_TOOLS = "give one that knows them in tokenize.chat_template, or take them out of the row"
+TOOLS_LEFT_OUT = f"the chat template leaves out the tools; {_KNOWS_TOOLS}"
+
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
@@ -150,13 +153,12 @@ class SkeletonMaker:
     ) -> None:
         if not tools:
             return
-        hint = "give one that knows them in tokenize.chat_template, or take them out of the row"
         if self._writer.try_render(turns, None) == text:
-            raise ValueError(f"the chat template leaves out the tools; {hint}")
+            raise ValueError(TOOLS_LEFT_OUT)
         outside = "\n".join(_outside(words, answers))
         for string in strings_of_tools(tools):
             if not _stands_in(string, outside):
-                raise ValueError(f"the chat template leaves out {string[:40]!r} of the tools; {hint}")
+                raise ValueError(f"the chat template leaves out {string[:40]!r} of the tools; {_KNOWS_TOOLS}")
 
 
 def not_kept(

@@ -18,7 +18,7 @@ from typing import Any
 from stages.chat.borders import Writer
 from stages.chat.control import ControlTokens
 from stages.chat.render import Render, render
-from stages.chat.skeleton import Fit, Skeleton, SkeletonMaker, fit, not_kept
+from stages.chat.skeleton import TOOLS_LEFT_OUT, Fit, Skeleton, SkeletonMaker, fit, not_kept
 from stages.chat.strings import Message, String, marked
 
 _SKELETONS = 512  # kept at a time
@@ -68,8 +68,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, template: str | None = None, *, date: str, control: ControlTokens) -> None:
         self._tokenizer, self._given, self._date, self._control = tokenizer, template, date, control
         self._names = dict(tokenizer.special_tokens_map)
-        writer = Writer(lambda turns, tools, ask: self._render(turns, tools, ask).text, control.pattern)
-        self._maker = SkeletonMaker(writer)
+        self._writer = Writer(lambda turns, tools, ask: self._render(turns, tools, ask).text, control.pattern)
+        self._maker = SkeletonMaker(self._writer)
         self._skeleton = lru_cache(_SKELETONS)(self._make_skeleton)
         self._used: set[str] = set()
 
@@ -93,9 +93,12 @@ class ChatTemplate:
         """The conversation as text, followed by the generation prompt.
 
         Raises:
-            ValueError: the template rejects it.
+            ValueError: the template rejects it, or leaves out the tools.
         """
-        return self._render(messages, tools, True).text
+        text = self._render(messages, tools, True).text
+        if tools and self._writer.try_render(messages, None, ask=True) == text:
+            raise ValueError(TOOLS_LEFT_OUT)
+        return text
 
     def conversation(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> Conversation:
         """The conversation's text and its answers.

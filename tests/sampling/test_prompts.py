@@ -75,3 +75,10 @@ def test_a_prompt_has_the_date_and_no_dropped_thoughts() -> None:
     row = {"messages": [{"role": "user", "content": "a"}, *turns]}
     assert prompts(tokenizer(), chat_template=template, date="2031-01-01").of_row(row).text == "2031ahmbc"
     assert prompts(tokenizer(), chat_template=template, thoughts="drop").of_row(row).text == "2026abc"
+
+
+def test_tools_that_the_template_does_not_know_are_refused() -> None:
+    row = {**TALK, "tools": [{"name": "f"}]}
+    with pytest.raises(ValueError, match="the chat template leaves out the tools; give one that knows them"):
+        prompts(tokenizer()).of_row(row)
+    assert prompts(tokenizer(), chat_template="{{ tools | tojson }}").of_row(row).text == '[{"name": "f"}]'

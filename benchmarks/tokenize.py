@@ -68,10 +68,12 @@ def tokenize_stage(tokenizer: Any, folder: Path) -> int:
 
     from stages.encoding.encoder import Encoder
     from stages.encoding.lengths import Tally, fallback_ids
+    from stages.params.loading import load_params
     from stages.prepared.row import read_prepared
     from stages.tokens.parquet import write_tokens
 
-    encoder = Encoder(tokenizer, max_length=4096, train_on="completion")
+    options = load_params(Path("params.yaml"), ["tokenize.max_length=4096"]).tokenize
+    encoder = Encoder(tokenizer, options)
     tally = Tally(fallback_ids(encoder.backend))
     pyarrow.array([0])  # imports what it needs
 

@@ -99,7 +99,7 @@ def _prompts(directory: Path, settings: schema.Params) -> Prompts:
 
     tokenizer = load_tokenizer(directory, trust_remote_code=settings.model.trust_remote_code)
     rendered_by = {name: getattr(settings.prepare, name) for name in ("template", "columns", "normalize")}
-    return Prompts(tokenizer, **rendered_by, chat_template=settings.tokenize.chat_template)
+    return Prompts(tokenizer, **rendered_by, options=settings.tokenize)
 
 
 def _ask(maker: Prompts, fields: dict[str, object], place: str) -> Prompt:

@@ -54,6 +54,7 @@ def inspect(
     console.say(f"Row {row} of {len(lengths):,}, id {chosen.id}, from {chosen.source}")
     console.out.print(_shown(chosen, tokenizer, coloured=console.out.is_terminal), soft_wrap=True)
     trained = int(chosen.loss_mask.sum())
+    spelled = _spelled(chosen, tokenizer)
     console.table(
         "What the model learns from it",
         ("", "value"),
@@ -64,6 +65,7 @@ def inspect(
             ("cut to fit", "yes" if chosen.truncated else "no"),
             ("longer rows in the file", int((lengths > len(chosen.input_ids)).sum())),
             ("train_on", policy["train_on"]),
+            *([("control tokens that are only text", spelled)] if spelled else []),
         ],
     )
 
@@ -82,6 +84,15 @@ def _shown(row: TokenRow, tokenizer: Any, *, coloured: bool) -> Text:
     if before and not coloured:
         shown.append("»")
     return shown
+
+
+def _spelled(row: TokenRow, tokenizer: Any) -> int:
+    """How many control tokens the row's text spells that are no tokens, and look the same on the screen."""
+    from stages.chat.tokenizer import TextTokenizer
+
+    control = TextTokenizer(tokenizer).control
+    text = tokenizer.decode(row.input_ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return len(control.pattern.findall(text)) - control.count(row.input_ids.tolist())
 
 
 def pieces(row: TokenRow, tokenizer: Any) -> list[tuple[list[int], bool]]:

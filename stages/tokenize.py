@@ -6,7 +6,6 @@ data/prepared + artifacts/base.json → data/tokens/{train,valid,test}.parquet:
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stages.base.manifest import locate, read_manifest
+from stages.base.manifest import Manifest, check_token_id, locate, read_manifest
 from stages.chat.tokenizer import load_tokenizer
 from stages.cli import console
 from stages.encoding.encoder import Encoded, Encoder
@@ -52,7 +51,7 @@ def tokenize(
     outputs.refuse_foreign(out, [f"{name}.parquet" for name in SPLITS], inputs=[prepared])
     manifest = read_manifest(base_file)
     tokenizer = load_tokenizer(locate(manifest), trust_remote_code=settings.model.trust_remote_code)
-    encoder = Encoder(tokenizer, **options.model_dump(exclude={"on_bad_row"}))
+    encoder = Encoder(tokenizer, options)
     tally = Tally(fallback_ids(encoder.backend))
     made_of = _sources(prepared)
     about = {"tokenizer": manifest.tokenizer_identity, "policy": options.model_dump(), "sources": made_of["sources"]}
@@ -64,27 +63,28 @@ def tokenize(
             with console.progress(f"tokenizing {name}", total=total, unit="rows") as advance:
                 encoded = encoder.encode(read_prepared(prepared / f"{name}.jsonl"))
                 rows = _counted(encoded, partial(tally.count, name), options, advance)
+                rows = _embeddable(rows, manifest, encoder.backend.get_vocab_size())
                 write_tokens(draft / f"{name}.parquet", rows, partial(_about, about, encoder, tally, name))
             _refuse_empty(name, tally.figures(name))
         figures = {name: tally.figures(name) for name in _COLUMNS}
     outputs.write_json(metrics, figures)
     outputs.write_text(plot, "".join(["length,split,rows\n", *(f"{a},{b},{c}\n" for a, b, c in tally.histogram())]))
-    _tell(figures, tally.advice(options.max_length), out, time.perf_counter() - started)
+    _tell(
+        figures, [*_notes(tally, figures["all"]), *tally.advice(options.max_length)], out, time.perf_counter() - started
+    )
 
 
 def _sources(prepared: Path) -> dict[str, Any]:
-    """What prepare says of its sources, and the rows of each split."""
-    path = prepared / "sources.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; make it with: python -m stages.prepare") from None
-    except ValueError:
-        raise ValueError(f"{path}: not written by prepare; make it anew with: python -m stages.prepare") from None
+    """The sources that prepare read, and the number of rows of each split."""
+    path, hint = prepared / "sources.json", "make it with: python -m stages.prepare"
+    content = outputs.read_json(path, hint)
+    if not content.keys() >= {"sources", "rows"}:
+        raise ValueError(f"{path}: not written by prepare; {hint}")
+    return content
 
 
 def _about(about: dict[str, Any], encoder: Encoder, tally: Tally, name: str) -> dict[str, Any]:
-    """What the file of a split says about itself."""
+    """The metadata of a split's file."""
     return {**about, "chat_template": encoder.template_hash, "ledger": tally.figures(name)}
 
 
@@ -106,6 +106,17 @@ def _counted(
         yield from result.rows
 
 
+def _embeddable(rows: Iterator[TokenRow], manifest: Manifest, tokenizer_size: int) -> Iterator[TokenRow]:
+    """The rows, as long as the base model's embedding has a row for each of their tokens.
+
+    Raises:
+        ValueError: a token that it has none for.
+    """
+    for row in rows:
+        check_token_id(manifest, int(row.input_ids.max()), tokenizer_size=tokenizer_size, place=row.source)
+        yield row
+
+
 def _refuse_empty(name: str, figures: dict[str, Any]) -> None:
     if figures["rows_in"] and not figures["rows"]:
         reasons = ", ".join(f"{key} {count}" for key, count in figures.items() if key.startswith("dropped_") and count)
@@ -114,9 +125,23 @@ def _refuse_empty(name: str, figures: dict[str, Any]) -> None:
         )
 
 
-def _tell(figures: dict[str, dict[str, Any]], advice: list[str], out: Path, seconds: float) -> None:
+def _notes(tally: Tally, total: dict[str, Any]) -> list[str]:
+    """What happened to answers, thoughts and control tokens, where something did."""
+    notes = [tally.answers()]
+    if count := total["thoughts_left_out"]:
+        notes.append(f"{count:,} thoughts of earlier turns are left out by the chat template, as they will be in use")
+    if count := total["special_in_content"]:
+        notes.append(
+            f"{count:,} rows spell control tokens: read as text; if they are meant as tokens, as in texts that a chat "
+            "template made, set tokenize.special_in_content: allow"
+        )
+    return [note for note in notes if note]
+
+
+def _tell(figures: dict[str, dict[str, Any]], notes: list[str], out: Path, seconds: float) -> None:
     total = figures["all"]
-    shown = [key for key in total if total[key] or not key.startswith("dropped_")]
+    rare = ("dropped_", "answers_", "thoughts_", "special_", "assistant_turns", "trained_answers")
+    shown = [key for key in total if total[key] or not key.startswith(rare)]
     console.table(
         f"Tokens → {out}",
         ("", *_COLUMNS),
@@ -125,7 +150,7 @@ def _tell(figures: dict[str, dict[str, Any]], advice: list[str], out: Path, seco
     dropped = total["rows_in"] - total["rows_used"]
     rates = f"{total['rows_in'] / seconds:,.0f} rows/s, {total['tokens'] / seconds:,.0f} tokens/s"
     console.say(f"{total['rows_in']:,} rows in = {total['rows_used']:,} used + {dropped:,} dropped; {rates}")
-    for line in advice:
+    for line in notes:
         console.say(line)
 
 

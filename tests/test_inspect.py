@@ -42,6 +42,15 @@ def test_all_answers_of_a_conversation_are_shown_as_learned(capsys: pytest.Captu
         assert f"«u{i}" not in shown
 
 
+def test_control_tokens_that_are_only_text_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    make([{"prompt": "q", "completion": "a<|pad|>b"}, {"prompt": "q", "completion": "a"}])
+    capsys.readouterr()
+    inspect(TOKENS)
+    assert "control tokens that are only text │ 1" in " ".join(capsys.readouterr().out.split())
+    inspect(TOKENS, row=1)
+    assert "only text" not in capsys.readouterr().out
+
+
 def test_colours_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     make([{"prompt": "q", "completion": "a"}])
     monkeypatch.setattr(console, "out", Console(force_terminal=True, color_system="standard", highlight=False))

@@ -152,6 +152,57 @@ def test_conversations(raw: Path, train_on: str, expected: bytes) -> None:
     assert [text.replace(b"\n", b"").replace(b"<|end|>", b"") for text in learned(run(*sets))] == [expected]
 
 
+def test_question_marker(raw: Path) -> None:
+    lines(raw / "rows.jsonl", [{"text": "Q: 1\nA: one\nQ: 2\nA: two"}])
+    sets = ('tokenize.answer_marker="A: "', 'tokenize.question_marker="\\nQ: "')
+    assert learned(run(*sets)) == [b"onetwo<|end|>"]
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: has 2 answers .* in tokenize\.question_marker"):
+        run(sets[0])
+    with pytest.raises(ValueError, match="set answer_marker too"):
+        run(sets[1])
+
+
+def test_special_in_content(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines(raw / "rows.jsonl", [{"prompt": "q", "completion": "a<|pad|>b"}])
+    assert run()["tokens"].to_pylist() == [11]
+    assert ledger()["special_in_content"] == 1
+    assert "1 rows spell control tokens" in " ".join(capsys.readouterr().out.split())
+    assert run("tokenize.special_in_content=allow")["tokens"].to_pylist() == [5]
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: spells the control token <\|pad\|>; mend the row, or set"):
+        run("tokenize.special_in_content=error")
+
+
+def test_the_date_that_a_template_reads(raw: Path) -> None:
+    lines(raw / "rows.jsonl", [{"messages": TALK}])
+    template = CHATML.replace("m.content", "strftime_now('%Y') + m.content")
+    dated = f"tokenize.chat_template={json.dumps(template)}"
+    assert b"2026yy" in learned(run(dated, "tokenize.train_on=all"))[0]
+    assert b"2027yy" in learned(run(dated, "tokenize.train_on=all", "tokenize.date=2027-01-31"))[0]
+    with pytest.raises(ValueError, match=r"tokenize\.date.*must be a date, such as 2026-01-31"):
+        run(dated, "tokenize.date=tomorrow")
+
+
+def test_thoughts(raw: Path) -> None:
+    turns = [*TALK[:3], {"role": "assistant", "content": "<think>hm</think>ww"}]
+    lines(raw / "rows.jsonl", [{"messages": turns}])
+    sets = (f"tokenize.chat_template={json.dumps(CHATML)}", "tokenize.train_on=last_assistant")
+    found = {mode: learned(run(*sets, f"tokenize.thoughts={mode}"))[0] for mode in ("train", "mask", "drop")}
+    assert found["train"].startswith(b"<think>hm</think>ww<")
+    assert found["mask"].startswith(b"<think></think>ww<")
+    assert found["drop"].startswith(b"ww<")
+
+
+def test_the_ledger_explains_answers_that_are_not_trained(raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines(raw / "rows.jsonl", [{"messages": TALK}, {"messages": [*TALK[:3], {**TALK[3], "content": "vv"}]}])
+    run(f"tokenize.chat_template={json.dumps(CHATML)}")
+    assert "assistant turns are trained on" not in " ".join(capsys.readouterr().out.split())
+    assert (ledger("train")["assistant_turns"], ledger("train")["trained_answers"]) == (4, 4)
+    run(f"tokenize.chat_template={json.dumps(CHATML)}", "tokenize.train_on=last_assistant")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "2 of 4 assistant turns are trained on: 2 before the last, by train_on: last_assistant" in shown
+    assert (ledger()["assistant_turns"], ledger()["trained_answers"]) == (4, 2)
+
+
 @pytest.mark.parametrize(
     ("mode", "rows", "counted"),
     [
@@ -242,3 +293,15 @@ def test_bytes_are_counted_as_fallback(raw: Path) -> None:
     lines(raw / "rows.jsonl", [{"text": "ascii"}])
     run()
     assert ledger()["fallback_share"] == 0
+
+
+def test_a_token_without_a_row_in_the_embedding_is_refused(project: Path) -> None:
+    fetch()
+    prepare()
+    manifest = json.loads(Path("artifacts/base.json").read_text(encoding="utf-8"))
+    Path("artifacts/base.json").write_text(json.dumps(manifest | {"embedding_rows": 257}), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl:\d+: token 257 has no row in the embedding.*its embedding 257 rows"
+    ):
+        tokenize()
+    assert not Path("data/tokens").exists()

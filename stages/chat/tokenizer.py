@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stages.chat.control import ControlTokens
+
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """The model directory's tokenizer, in its fast form, which knows character offsets.
@@ -34,19 +36,36 @@ class TextTokenizer:
         added = self.backend.encode("a").special_tokens_mask
         self.prefix, self.suffix = added.index(0), added[::-1].index(0)
         self.eos: int = tokenizer.eos_token_id
+        self.control = ControlTokens(tokenizer, self.backend)
         self._bos: str | None = tokenizer.bos_token
+        self._eos_text = str(tokenizer.eos_token)
 
     def adds_bos(self, text: str) -> bool:
         """Whether BOS goes before a text: one that brings its own gets no second."""
         return not (self._bos and text.startswith(self._bos))
 
-    def prompt_ids(self, text: str, *, rendered: bool) -> list[int]:
+    def hide_control(self, text: str) -> str:
+        """A text that no chat template made with its control tokens hidden, but for its own BOS and EOS at its ends."""
+        start = len(self._bos) if self._bos and text.startswith(self._bos) else 0
+        end = len(text) - len(self._eos_text) if text.endswith(self._eos_text) else len(text)
+        return text if end < start else text[:start] + str(self.control.hide(text[start:end])) + text[end:]
+
+    def encode(self, text: str, *, hidden: bool, add_special_tokens: bool) -> Any:
+        """The encoding of a text; `hidden`: control tokens are hidden in it.
+
+        Raises:
+            ValueError: one of those cannot be written as ordinary tokens.
+        """
+        encode = self.control.encode if hidden else self.backend.encode
+        return encode(text, add_special_tokens=add_special_tokens)
+
+    def prompt_ids(self, text: str, *, rendered: bool, hidden: bool) -> list[int]:
         """The tokens of a prompt as training has them at a row's start: BOS once, no EOS.
 
-        Where a chat template `rendered` the text, it wrote BOS too.
+        Where a chat template `rendered` the text, it wrote BOS too. `hidden`: control tokens are hidden in the text.
         """
         special = not rendered and self.adds_bos(text)
-        ids = list(self.backend.encode(text, add_special_tokens=special).ids)
+        ids = list(self.encode(text, hidden=hidden, add_special_tokens=special).ids)
         return ids[: len(ids) - self.suffix] if special else ids
 
 

@@ -14,7 +14,17 @@ from stages.prepared.ledger import Ledger
 from stages.prepared.splits import SPLITS
 from stages.tokens.row import TokenRow
 
-COUNTED = ("truncated", "split", "rows", "tokens", "trained_tokens", "characters", "fallback_tokens")
+# Why an assistant's turn is not trained on: counter → words. The counters and `trained_answers` make up the turns.
+UNTRAINED = {
+    "answers_masked": "masked by train: false",
+    "answers_before_last": "before the last, by train_on: last_assistant",
+    "answers_cut": "cut away by max_length",
+    "answers_dropped": "in dropped rows",
+}
+COUNTED = (
+    "truncated", "split", "rows", "tokens", "trained_tokens", "characters", "fallback_tokens",
+    "assistant_turns", "trained_answers", *UNTRAINED, "thoughts_left_out", "special_in_content",
+)  # fmt: skip
 _PERCENTILES = (50, 90, 95, 99)
 _BINS = 40
 _MANY = 512
@@ -33,6 +43,7 @@ class Tally:
         """Take note of one prepared row."""
         if encoded.length:
             self._lengths[split].append(encoded.length)
+        self._ledger.add(split, **encoded.counts)
         if encoded.reason is not None:
             self._ledger.dropped(split, encoded.reason)
             return
@@ -86,6 +97,15 @@ class Tally:
             for split in SPLITS
             for edge, count in zip(edges[1:], np.histogram(self.lengths(split), edges)[0], strict=True)
         ]
+
+    def answers(self) -> str | None:
+        """Why fewer answers are trained on than assistants' turns were read, in a sentence; None if none is missing."""
+        figures = self._ledger.figures("all")
+        reasons = [f"{figures[name]:,} {words}" for name, words in UNTRAINED.items() if figures[name]]
+        if not reasons:
+            return None
+        read, trained = figures["assistant_turns"], figures["trained_answers"]
+        return f"{trained:,} of {read:,} assistant turns are trained on: {'; '.join(reasons)}"
 
     def advice(self, max_length: int) -> list[str]:
         """What the lengths mean for `max_length`, in sentences."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -55,13 +56,25 @@ class Prepare(Section):
         return self
 
 
+def _check_date(value: Any) -> str:
+    """A date as text, as 2026-01-31; YAML makes a date of it where it stands without quotes."""
+    try:
+        return date.fromisoformat(value if isinstance(value, str) else value.isoformat()[:10]).isoformat()
+    except (AttributeError, ValueError):
+        raise ValueError(f"must be a date, such as 2026-01-31, not {value!r}") from None
+
+
 class Tokenize(Section):
     max_length: Annotated[int, Field(ge=8)]
     over_length: Literal["truncate", "drop", "split", "error"]
     overlap: Annotated[int, Field(ge=0)]
     train_on: Literal["all", "completion", "assistant", "last_assistant"]
     answer_marker: Annotated[str, Field(min_length=1)] | None
+    question_marker: Annotated[str, Field(min_length=1)] | None
     chat_template: Annotated[str, Field(min_length=1)] | None
+    date: Annotated[str, pydantic.PlainValidator(_check_date, json_schema_input_type=str)]
+    thoughts: Literal["train", "mask", "drop"]
+    special_in_content: Literal["text", "error", "allow"]
     add_eos: bool
     on_bad_row: Literal["error", "skip"]
 
@@ -69,6 +82,14 @@ class Tokenize(Section):
     def check_overlap(self) -> Tokenize:
         if self.over_length == "split" and self.overlap > self.max_length // 2:
             raise ValueError(f"overlap ({self.overlap}) must not exceed half of max_length ({self.max_length})")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def check_markers(self) -> Tokenize:
+        if self.question_marker is not None and self.answer_marker is None:
+            raise ValueError(
+                "question_marker says where an answer ends: set answer_marker too, which says where it begins"
+            )
         return self
 
 

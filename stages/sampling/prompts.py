@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stages.chat.strings import Message, without_thought
 from stages.chat.template import ChatTemplate
 from stages.chat.tokenizer import TextTokenizer
+from stages.params import schema
 from stages.schemas import normalize
 from stages.schemas.schemas import Schemas
 
@@ -30,10 +32,11 @@ class Prompts:
         template: str | None,
         columns: Mapping[str, str],
         normalize: normalize.Form | None,
-        chat_template: str | None,
+        options: schema.Tokenize,
     ) -> None:
-        self._schemas, self._columns, self._form = Schemas(template), columns, normalize
-        self._chat, self._tokenizer = ChatTemplate(tokenizer, chat_template), TextTokenizer(tokenizer)
+        self._schemas, self._columns, self._form, self._options = Schemas(template), columns, normalize, options
+        self._tokenizer = TextTokenizer(tokenizer)
+        self._chat = ChatTemplate(tokenizer, options.chat_template, date=options.date, control=self._tokenizer.control)
 
     def of_row(self, fields: Mapping[str, Any]) -> Prompt:
         """The prompt of a row with the template's columns before the answer, `prompt` (text to continue) or `messages`.
@@ -44,9 +47,8 @@ class Prompts:
         renamed = dict(fields) | {ours: fields[theirs] for ours, theirs in self._columns.items() if theirs in fields}
         asked = normalize.normalized(self._schemas.asked(renamed), self._form)
         if "messages" in asked:
-            text = self._chat.render(asked["messages"], asked.get("tools"), ask=True)
-            return Prompt(text, self._tokenizer.prompt_ids(text, rendered=True))
-        return Prompt(asked["prompt"], self._tokenizer.prompt_ids(asked["prompt"], rendered=False))
+            return self._of_turns(asked["messages"], asked.get("tools"))
+        return self._of_text(asked["prompt"])
 
     def of_words(self, words: str) -> Prompt:
         """The prompt that asks a user's words: in the template's one column before the answer, or by the chat template.
@@ -59,5 +61,29 @@ class Prompts:
         columns = {name for name in template.columns[:-1] if name not in template.optional}
         if len(columns) == 1:
             return self.of_row({columns.pop(): words})
-        text = normalize.normalized(words, self._form)
-        return Prompt(text, self._tokenizer.prompt_ids(text, rendered=False))
+        return self._of_text(normalize.normalized(words, self._form))
+
+    def _of_turns(self, messages: list[Message], tools: list[Any] | None) -> Prompt:
+        if self._options.thoughts == "drop":
+            messages = [without_thought(message) for message in messages]
+        hidden = self._hides([messages, tools])
+        if hidden:
+            messages, tools = self._tokenizer.control.hide([messages, tools])
+        text = self._chat.ask(messages, tools)
+        ids = self._tokenizer.prompt_ids(text, rendered=True, hidden=hidden)
+        return Prompt(self._tokenizer.control.show(text) if hidden else text, ids)
+
+    def _of_text(self, text: str) -> Prompt:
+        hidden = self._tokenizer.hide_control(text) if self._hides(text) else text
+        return Prompt(text, self._tokenizer.prompt_ids(hidden, rendered=False, hidden=hidden != text))
+
+    def _hides(self, value: Any) -> bool:
+        """Whether control tokens in these strings are to be text.
+
+        Raises:
+            ValueError: there are some, and params.yaml makes that an error.
+        """
+        token = self._tokenizer.control.spelled(value) if self._options.special_in_content != "allow" else None
+        if token and self._options.special_in_content == "error":
+            raise ValueError(f"spells the control token {token}, which tokenize.special_in_content makes an error")
+        return token is not None

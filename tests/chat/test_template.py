@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from stages.chat.template import ChatTemplate
-from tests.support.tokenizers import CHATML, tokenizer
+from stages.chat.tokenizer import TextTokenizer
+from tests.support.tokenizers import CHATML, chat_template, said, tokenizer
 
 TURNS = [
     {"role": "user", "content": "one?"},
@@ -20,8 +21,7 @@ TAIL = "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endi
 
 
 def learned(template: str, turns: list[dict[str, str]] | None = None) -> list[str]:
-    found = ChatTemplate(tokenizer(template=template)).conversation(turns or TURNS, None)
-    return [found.text[span.start : span.end] for span in found.answers]
+    return said(chat_template(template).conversation(turns or TURNS, None))
 
 
 def test_every_answer_is_found_with_its_end_of_turn() -> None:
@@ -57,7 +57,7 @@ def test_a_template_without_special_tokens() -> None:
         "{% if add_generation_prompt %}A: {% endif %}"
     )
     assert learned(template) == ["ONE\n", "TWO\n"]
-    assert ChatTemplate(tokenizer(template=template)).conversation(TURNS, None).open_end
+    assert chat_template(template).conversation(TURNS, None).open_end
 
 
 def test_white_space_that_the_template_trims() -> None:
@@ -97,8 +97,7 @@ def test_a_call_of_a_tool_is_learned() -> None:
         {"role": "tool", "content": "rain"},
         {"role": "assistant", "content": "It rains."},
     ]
-    found = ChatTemplate(tokenizer(template=template)).conversation(turns, [{"name": "look"}])
-    assert [found.text[s.start : s.end] for s in found.answers] == [
+    assert said(chat_template(template).conversation(turns, None)) == [
         "<call>look</call><|im_end|>",
         "It rains.<|im_end|>",
     ]
@@ -133,4 +132,66 @@ def test_a_template_that_loses_content_is_noticed(template: str, line: str) -> N
 
 def test_no_template_at_all() -> None:
     with pytest.raises(ValueError, match="the tokenizer has no chat template; give one in tokenize"):
-        ChatTemplate(tokenizer(template=None)).conversation(TURNS, None)
+        chat_template(None).conversation(TURNS, None)
+
+
+def test_generation_marks_that_leave_out_a_turn() -> None:
+    template = CHATML.replace(
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}",
+        "{{ '<|im_start|>' + m.role + '\n' }}{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}",
+    )
+    with pytest.raises(ValueError, match=r"generation marks leave out turn 2 \(assistant\); give another in tokenize"):
+        learned(template)
+
+
+def test_a_turn_without_any_words_is_refused() -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match=r"says nothing in turn 2 \(assistant\) of user, assistant"):
+        learned(template, [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}])
+
+
+def test_a_turn_whose_end_cannot_be_told_is_refused() -> None:
+    # Without a control token, what follows an answer is other words each time.
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}"
+        "{{ ' (over and out)' if loop.last else ' (over)' }}{{ '\n' }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=r"where turn 2 \(assistant\) of .* ends cannot be told"):
+        learned(template)
+
+
+def test_a_turn_that_the_template_words_by_its_content() -> None:
+    template = CHATML.replace("m.content", "('!' if 'E' in m.content else '') + m.content")
+    assert learned(template) == ["!ONE<|im_end|>", "TWO<|im_end|>"]
+
+
+def test_a_content_that_the_template_changes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"leaves out or changes content of turn 2 \(assistant\)"):
+        learned(CHATML.replace("m.content", "m.content.replace('N', 'n')"))
+
+
+def test_a_tokenizer_with_a_template_of_its_own_for_tools() -> None:
+    made = tokenizer()
+    with_tools = "{{ tools | tojson }}" + CHATML.replace("assistant\n' }}{% endif", "assistant\n<t>' }}{% endif")
+    made.chat_template = {"default": CHATML.replace("<|im_start|>", "#"), "tool_use": with_tools}
+    chat = ChatTemplate(made, date="2026-01-01", control=TextTokenizer(made).control)
+    assert said(chat.conversation(TURNS[1:], [{"name": "f"}])) == ["ONE<|im_end|>", "TWO<|im_end|>"]
+    assert said(chat.conversation(TURNS[1:], None)) == ["ONE<|im_end|>", "TWO<|im_end|>"]
+
+
+def test_tools_that_the_template_says_in_part_are_refused() -> None:
+    tools = [{"function": {"name": "look", "parameters": {"properties": {"place": {"enum": ["here", "there"]}}}}}]
+    names = "{% for t in tools %}{{ t.function.name }}{% endfor %}" + CHATML
+    with pytest.raises(ValueError, match=r"leaves out 'place' of the tools; give one that knows them"):
+        chat_template(names).conversation(TURNS, tools)
+    assert said(chat_template("{{ tools | tojson }}" + CHATML).conversation(TURNS, tools))
+
+
+@pytest.mark.parametrize("written", ["name", "arguments | tojson", "name + c.function.arguments.place"])
+def test_a_call_that_is_not_rendered_whole_is_refused(written: str) -> None:
+    calls = [{"function": {"name": "look", "arguments": {"place": "here"}}}]
+    turns: list[dict[str, Any]] = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": calls}]
+    end = "}}{% for c in m.tool_calls %}{{ c.function." + written + " }}{% endfor %}{{ '<|im_end|>"
+    with pytest.raises(ValueError, match=r"leaves out the tool calls of turn 2 \(assistant\) of user, assistant"):
+        chat_template(CHATML.replace("+ '<|im_end|>", end)).conversation(turns, None)

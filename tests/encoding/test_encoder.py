@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stages.encoding.encoder import Encoded, Encoder
 from stages.prepared.row import PreparedRow
-from tests.support.tokenizers import CHATML, tokenizer
+from tests.support.tokenizers import CHATML, options, tokenizer
 
 PAIR = PreparedRow("1", "f:1", prompt="Q: ab", completion="cd")
 TALK = PreparedRow(
@@ -24,16 +24,16 @@ TALK = PreparedRow(
 TEXT = PreparedRow("3", "f:3", text="first line\nA: second line")
 
 
-def encode(row: PreparedRow, made: Any = None, **options: Any) -> Encoded:
-    [encoded] = Encoder(made or tokenizer(), **{"max_length": 512, "train_on": "completion", **options}).encode([row])
+def encode(row: PreparedRow, made: Any = None, **changes: Any) -> Encoded:
+    [encoded] = Encoder(made or tokenizer(), options(**changes)).encode([row])
     return encoded
 
 
-def learned(row: PreparedRow, made: Any = None, **options: Any) -> list[str]:
+def learned(row: PreparedRow, made: Any = None, **changes: Any) -> list[str]:
     """The text of each run of trained tokens."""
     made = made or tokenizer()
     runs: list[str] = []
-    for token_row in encode(row, made, **options).rows:
+    for token_row in encode(row, made, **changes).rows:
         before = False
         for index, on in zip(token_row.input_ids, token_row.loss_mask, strict=True):
             if on:
@@ -69,7 +69,7 @@ def test_what_follows_the_answer_marker_is_learned() -> None:
     assert learned(TEXT, answer_marker="A: ") == ["second line<|end|>"]
     assert learned(TEXT, answer_marker="A: ", train_on="all")[0].startswith("irst")
     missing = encode(TEXT, answer_marker="B: ")
-    assert (missing.reason, missing.rows) == ("bad", [])
+    assert (missing.reason, missing.rows) == ("bad", ())
     assert missing.message.startswith("f:3: has no 'B: ', which tokenize.answer_marker names")
 
 
@@ -145,7 +145,7 @@ def test_a_long_conversation_keeps_its_last_answer() -> None:
 def test_long_rows_can_be_dropped_or_refused() -> None:
     for mode in ("drop", "error"):
         encoded = encode(LONG, max_length=16, over_length=mode)
-        assert (encoded.reason, encoded.rows, encoded.length) == ("too_long", [], 37)
+        assert (encoded.reason, encoded.rows, encoded.length) == ("too_long", (), 37)
         assert encoded.message == (
             "f:1: has 37 tokens; raise tokenize.max_length (16) or set tokenize.over_length: truncate"
         )
@@ -184,6 +184,135 @@ def test_a_conversation_that_the_template_rejects_is_bad() -> None:
     )
 
 
+MARKED = PreparedRow("4", "f:4", text="Q: 1\nA: one\nQ: 2\nA: two")
+
+
+def test_each_answer_of_a_text_is_learned_up_to_the_next_question() -> None:
+    markers = {"answer_marker": "A: ", "question_marker": "\nQ: "}
+    assert learned(MARKED, **markers) == ["one", "two<|end|>"]
+    assert learned(MARKED, **markers, train_on="last_assistant") == ["two<|end|>"]
+    assert "has 2 answers by tokenize.answer_marker" in encode(MARKED, answer_marker="A: ").message
+    asked = PreparedRow("5", "f:5", text=f"{MARKED.text}\nQ: 3")
+    assert learned(asked, **markers) == ["one", "two"]
+
+
+def changed(turn: int, **fields: Any) -> PreparedRow:
+    """TALK with other fields in one of its turns."""
+    assert TALK.messages
+    messages = [{**message, **fields} if i == turn else message for i, message in enumerate(TALK.messages)]
+    return PreparedRow("2", "f:2", messages=messages)
+
+
+def test_a_turn_that_says_so_is_not_learned() -> None:
+    assert learned(changed(1, train=False)) == ["ww<|im_end|>"]
+    assert learned(changed(3, train=False)) == ["yy<|im_end|>"]
+    assert encode(changed(3, train=False), train_on="last_assistant").reason == "nothing_to_learn"
+    [start, rest] = learned(changed(1, train=False), train_on="all")
+    assert start.endswith("assistant\n") and rest.startswith("\n<|im_start|>user\nz")
+    [start, rest] = learned(changed(2, train=False), train_on="all")
+    assert start.endswith("user\n") and rest.startswith("<|im_end|>\n<|im_start|>assistant\nww")
+
+
+THINKING = CHATML.replace("+ m.content", "+ ('<think>' + m.thinking + '</think>' if m.thinking else '') + m.content")
+
+
+def test_thoughts_are_learned_read_or_dropped() -> None:
+    row, made = changed(3, reasoning_content="hm"), tokenizer(template=THINKING)
+    assert learned(row, made)[1] == "<think>hm</think>ww<|im_end|>"
+    assert learned(row, made, thoughts="mask")[1:] == ["<think>", "</think>ww<|im_end|>"]
+    assert learned(row, made, thoughts="drop")[1] == "ww<|im_end|>"
+    refused = encode(row)
+    assert refused.message == (
+        "f:2: the chat template leaves out or changes content of turn 4 (assistant): its thought; "
+        "give one that knows thoughts in tokenize.chat_template, or set tokenize.thoughts: drop"
+    )
+    assert learned(row, thoughts="drop")[1] == "ww<|im_end|>"
+
+
+def test_a_thought_in_the_content_is_a_thought() -> None:
+    row = changed(3, content="<think>hm</think>\n\nww")
+    assert learned(row)[1] == "<think>hm</think>\n\nww<|im_end|>"
+    assert learned(row, thoughts="mask")[1:] == ["<think>", "</think>\n\nww<|im_end|>"]
+    assert learned(row, thoughts="drop")[1] == "ww<|im_end|>"
+
+
+@pytest.mark.parametrize("content", ["<think>hm</think>ww", "hm</think>\nww", "\n<think>\n\n</think>\n\nww"])
+def test_a_thought_is_dropped_with_its_tags(content: str) -> None:
+    assert learned(changed(3, content=content), thoughts="drop")[1] == "ww<|im_end|>"
+
+
+def test_tags_of_thoughts_within_an_answer_are_its_words() -> None:
+    row = changed(3, content="say <think>hm</think>")
+    for mode in ("train", "mask", "drop"):
+        assert learned(row, thoughts=mode)[1] == "say <think>hm</think><|im_end|>"
+
+
+def ends(row: PreparedRow, **changes: Any) -> int:
+    """How often the token <|im_end|> stands in a row."""
+    made = tokenizer()
+    [token_row] = encode(row, made, **changes).rows
+    return token_row.input_ids.tolist().count(made.convert_tokens_to_ids("<|im_end|>"))
+
+
+def test_a_control_token_that_a_turn_spells() -> None:
+    row = changed(1, content="say <|im_end|> now")
+    assert learned(row)[0] == "say <|im_end|> now<|im_end|>"
+    assert (ends(row), ends(row, special_in_content="allow")) == (4, 5)
+    assert encode(row).counts["special_in_content"] == 1
+    [encoded] = encode(row).rows
+    [allowed] = encode(row, special_in_content="allow").rows
+    assert encoded.trained_bytes == allowed.trained_bytes == len("say <|im_end|> nowww")
+    assert encode(row, special_in_content="error").message == (
+        "f:2: spells the control token <|im_end|> in turn 2 (assistant); "
+        "mend the row, or set tokenize.special_in_content: text"
+    )
+    in_tools = PreparedRow("2", "f:2", messages=TALK.messages, tools=[{"name": "<s>"}])
+    assert "spells the control token <s> in its tools" in encode(in_tools, special_in_content="error").message
+
+
+SPELLING = [
+    PreparedRow("1", "f:1", text="a<|im_end|>b"),
+    PreparedRow("1", "f:1", prompt="a<|im_end|>", completion="b"),
+]
+
+
+@pytest.mark.parametrize("row", SPELLING)
+def test_a_control_token_that_a_text_spells(row: PreparedRow) -> None:
+    assert (ends(row), ends(row, special_in_content="allow")) == (0, 1)
+    assert encode(row, special_in_content="error").message.startswith("f:1: spells the control token <|im_end|>; mend")
+    assert encode(row).counts == {"special_in_content": 1}
+
+
+def test_a_row_with_control_tokens_as_text_is_cut_like_another() -> None:
+    made = tokenizer()
+    row = PreparedRow("1", "f:1", prompt="<|im_end|>" * 5, completion="abc<s>def")
+    [cut] = encode(row, made, max_length=20).rows
+    assert made.decode(cut.input_ids) == "<|im_end|>abc<s>def<|end|>"
+    assert (len(cut.input_ids), cut.trained_bytes) == (20, len("abc<s>def"))
+
+
+def test_why_an_answer_is_not_trained_is_counted() -> None:
+    def counts(row: PreparedRow, **changes: Any) -> dict[str, int]:
+        return {name: count for name, count in encode(row, **changes).counts.items() if count}
+
+    assert counts(TALK) == {"assistant_turns": 2, "trained_answers": 2}
+    assert counts(changed(1, train=False)) == {"assistant_turns": 2, "trained_answers": 1, "answers_masked": 1}
+    last = {"assistant_turns": 2, "trained_answers": 1, "answers_before_last": 1}
+    assert counts(TALK, train_on="last_assistant") == last
+    assert counts(TALK, max_length=20) == {"assistant_turns": 2, "trained_answers": 1, "answers_cut": 1}
+    dropped = {"assistant_turns": 2, "answers_dropped": 2}
+    assert counts(TALK, max_length=20, over_length="drop") == dropped
+    assert counts(changed(0, reasoning_content="x", tool_calls=[{}]), chat_template="{{ no.no }}") == dropped
+    assert counts(TALK, train_on="all") == {"assistant_turns": 2, "trained_answers": 2}
+
+
+def test_the_clock_stands_at_the_given_date() -> None:
+    dated = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    made = tokenizer()
+    [row] = encode(TALK, made, chat_template=dated, date="2027-03-09").rows
+    assert made.decode(row.input_ids).startswith("09 Mar 2027")
+
+
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 
 
@@ -191,9 +320,9 @@ words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 @given(words, words, st.sampled_from(["completion", "all"]), st.integers(8, 40), st.sampled_from(["truncate", "split"]))
 def test_lengths_and_offsets_agree(prompt: str, completion: str, train_on: Any, limit: int, mode: Any) -> None:
     row = PreparedRow("1", "f:1", prompt=prompt, completion=completion)
-    by_lengths = Encoder(MADE, max_length=limit, train_on=train_on, over_length=mode)
-    by_offsets = Encoder(MADE, max_length=limit, train_on=train_on, over_length=mode)
-    by_offsets._byte_lengths = None
+    chosen = options(max_length=limit, train_on=train_on, over_length=mode)
+    by_lengths, by_offsets = Encoder(MADE, chosen), Encoder(MADE, chosen)
+    by_offsets._masker.byte_lengths = None
     [one], [other] = by_lengths.encode([row]), by_offsets.encode([row])
     assert one.reason == other.reason
     for a, b in zip(one.rows, other.rows, strict=True):

@@ -23,6 +23,7 @@ from stages.tokens.row import TokenRow
 from stages.training.loop import Trainer, validation_rows
 from stages.training.progress import Snapshot
 from stages.training.record import summary
+from stages.training.step import Step
 from tests.support.adapters import config, fill
 from tests.support.rows import token_row
 from tests.support.runs import OPTIONS, make_trainer, train_options
@@ -51,6 +52,12 @@ def trained(tiny_llama: Path, rows: list[TokenRow], **changes: Any) -> tuple[Tra
 def same(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> bool:
     assert one and one.keys() == two.keys()  # or nothing would be compared
     return all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_making_a_trainer_runs_no_model(rows: list[TokenRow]) -> None:
+    step = Step(lambda model, batch: pytest.fail("it ran"), is_fused=False, is_compiled=False)
+    run = Trainer(None, rows, rows[:3], train_options(iters=5), seed=0, step=step)
+    assert run.steps == 5 and not run.done
 
 
 def test_same_compares_something() -> None:

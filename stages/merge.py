@@ -1,4 +1,4 @@
-"""Fold the adapter into the base model, and prove that the result says what the adapter said.
+"""Fold the adapter into the base model, and compare the predictions of both.
 
 artifacts/base.json + artifacts/adapter → artifacts/merged, a model directory that any MLX or Hugging Face loader opens:
 `python -m stages.merge artifacts/adapter --out artifacts/merged`

@@ -75,7 +75,7 @@ class ControlTokens:
         return encoding
 
     def count(self, ids: Iterable[int]) -> int:
-        """How many of the tokens are control tokens."""
+        """Count the control tokens among the ids."""
         return sum(index in self._ids for index in ids)
 
     @cached_property

@@ -61,7 +61,7 @@ class Intake:
             raise ValueError(f"{raw.place}: {_what(error)}") from None
 
     def rows(self, source: Source, advance: Callable[[int], None]) -> Iterator[Row | Dropped]:
-        """What becomes of each row of a source, whose first row tells its schema."""
+        """Read each row of a source, used or dropped. The first row tells the schema of all."""
         schema: Schema | None = None
         for raw in source.rows(advance):
             if isinstance(raw, BadRow):

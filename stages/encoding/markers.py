@@ -1,4 +1,4 @@
-"""Where the answers of a plain text begin and end, by the markers before answers and before questions."""
+"""The answers of a plain text, found by the markers before answers and before questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optional savings of a model's computation, each checked against the plain way before it is used.
+"""The optional savings of a model's computation, each compared with the plain form before it is used.
 
 `set_up` puts the patches on a loaded model in their order (see patches.py), and opens the cache of its frozen layers.
 """
@@ -58,7 +58,7 @@ def set_up(
     is_traced: bool = False,
     grad_checkpoint: bool = False,
 ) -> Execution:
-    """Patch a model that is to compute these rows, and find out which of its layers need not run again.
+    """Patch a model that is to compute these rows, and open the cache of its frozen layers.
 
     `adapted` names the modules that are trained, or their weights; `base` is the identity of the base model. A step
     that `is_traced` (compiled) cannot use the CPU kernels. Leaves the model in evaluation mode.

@@ -1,5 +1,6 @@
-"""A row of a conversation, or of a question with its answer → messages, with what stands beside them: `system`,
-`history` (LLaMA-Factory's earlier rounds) and `tools`.
+"""A conversation, or a question with its answer → messages, together with the row's other columns for them.
+
+These are `system`, `tools`, and `history` (LLaMA-Factory's earlier rounds).
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _is_whole(directory: Path, *, with_code: bool) -> bool:
-    """Whether a snapshot has its config and all weights, and its small files are undamaged; damaged ones are deleted.
+    """True if a snapshot has its config and all weights, and its small files are undamaged; damaged ones are deleted.
 
     The Hub's cache names each blob by its ETag, for a small file the sha1 of the git blob.
     """

@@ -98,18 +98,18 @@ def advice(needed: Estimate, *, batch_size: int | None, batch_tokens: int | None
         )
     if needed.total <= needed.available:
         return None
-    ways = []
+    remedies = []
     if batch_tokens is not None:
-        ways.append(f"train.batch_tokens below {batch_tokens} with train.grad_accumulation above 1")
+        remedies.append(f"train.batch_tokens below {batch_tokens} with train.grad_accumulation above 1")
     elif batch_size is not None and batch_size > 1:
-        ways.append(f"train.batch_size below {batch_size} with train.grad_accumulation above 1")
+        remedies.append(f"train.batch_size below {batch_size} with train.grad_accumulation above 1")
     if not grad_checkpoint:
-        ways.append("train.grad_checkpoint: true")
-    ways += ["a smaller tokenize.max_length", "fewer lora.layers"]
+        remedies.append("train.grad_checkpoint: true")
+    remedies += ["a smaller tokenize.max_length", "fewer lora.layers"]
     return (
         f"training may need {_gib(needed.total)} (weights {_gib(needed.weights)}, activations "
         f"{_gib(needed.activations)}, head {_gib(needed.head)}), this machine has {_gib(needed.available)}; "
-        f"what helps: {', '.join(ways)}"
+        f"what helps: {', '.join(remedies)}"
     )
 
 

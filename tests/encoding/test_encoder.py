@@ -248,7 +248,7 @@ def test_tags_of_thoughts_within_an_answer_are_its_words() -> None:
 
 
 def ends(row: PreparedRow, **changes: Any) -> int:
-    """How often the token <|im_end|> stands in a row."""
+    """Count the tokens <|im_end|> in a row."""
     made = tokenizer()
     [token_row] = encode(row, made, **changes).rows
     return token_row.input_ids.tolist().count(made.convert_tokens_to_ids("<|im_end|>"))

@@ -262,4 +262,5 @@ def _fingerprint(model: nn.Module, layers: int, base: str) -> str:
         "blas": Path(blas.loaded() or "").name,
         "cpu_kernels": kernels.in_use(model),
     }
-    return digest_of(parts | code.fingerprint("stages.lora.frozen", "stages.lora.patches"))[:32]
+    # Loading belongs to it: states follow from how weights were dequantised and rounded.
+    return digest_of(parts | code.fingerprint("stages.lora.frozen", "stages.lora.patches", "stages.model.load"))[:32]

@@ -15,6 +15,7 @@ import pytest
 
 from stages.evaluate import evaluate
 from stages.fetch import fetch
+from stages.files.hashes import sha256
 from stages.lora import code, execution
 from stages.lora.frozen import FrozenLayers
 from stages.lora.selfcheck import Check
@@ -94,15 +95,16 @@ def test_whatever_shapes_the_states_makes_another_cache(
     with monkeypatch.context() as patch:
         patch.setattr(code, "installed_version", lambda name: "another")
         assert computed(patch) == everything
-    with monkeypatch.context() as patch:
-        patch.setattr(code, "sha256", lambda path: "other code")
-        assert computed(patch) == everything
+    for changed in ("frozen.py", "patches.py", "load.py"):
+        with monkeypatch.context() as patch:
+            patch.setattr(code, "sha256", lambda path, name=changed: name if path.name == name else sha256(path))
+            assert computed(patch) == everything
     other = write_llama(tmp_path / "other", seed=5)
     Path("params.yaml").write_text(small_params(source=str(other)), encoding="utf-8")
     fetch()
     tokenize()
     assert computed(monkeypatch) == everything
-    assert len(caches()) == 7
+    assert len(caches()) == 9
 
 
 def test_what_is_skipped_takes_no_memory(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +173,7 @@ def test_what_earlier_rows_left_makes_room(tokens: Path) -> None:
     assert 0 < next(iter(caches().values())) <= 1.2 * size
 
 
-def test_damage_is_told_and_mended(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_told_and_repaired(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train()
     before = ADAPTER.read_bytes()
     (file,) = Path("artifacts/cache").glob("*/states.bin")

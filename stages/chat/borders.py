@@ -17,7 +17,7 @@ from typing import Any
 from stages.chat.render import roles
 from stages.chat.strings import Message, closing, marked, opening, without_thought
 
-HINT = "give another in tokenize.chat_template, or mend the row"
+HINT = "give another in tokenize.chat_template, or correct the row"
 _KNOWN = 4096  # borders kept at a time
 
 

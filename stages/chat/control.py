@@ -69,7 +69,7 @@ class ControlTokens:
         made = self.count(i for i, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if not added)
         if made != len(self._hidden_pattern.findall(renamed)):
             raise ValueError(
-                "spells a control token that this tokenizer cannot write as text; mend the row, or set "
+                "spells a control token that this tokenizer cannot write as text; correct the row, or set "
                 "tokenize.special_in_content: allow"
             )
         return encoding

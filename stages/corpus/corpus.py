@@ -141,7 +141,7 @@ def _refuse_empty(ledger: Ledger, wanted: Iterable[str], bad: list[str]) -> None
             reasons = ", ".join(
                 f"{total[f'dropped_{reason}']} {reason}" for reason in REASONS if total[f"dropped_{reason}"]
             )
-            why = f"the first bad one is {bad[0]}" if bad else "mend the rows, or the parameters of prepare"
+            why = f"the first bad one is {bad[0]}" if bad else "correct the rows, or the parameters of prepare"
             raise ValueError(
                 f"the {name} split got none of the 0 rows: all {total['rows_in']} were dropped ({reasons}); {why}"
             )

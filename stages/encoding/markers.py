@@ -49,9 +49,9 @@ def _unclear(count: int, answer_marker: str, question_marker: str | None) -> str
     if question_marker is None:
         return (
             f"has {count} answers by tokenize.answer_marker {answer_marker!r}: name what comes before the next "
-            "question in tokenize.question_marker, or mend the row"
+            "question in tokenize.question_marker, or correct the row"
         )
     return (
         f"has {answer_marker!r} twice without {question_marker!r} between them, which tokenize.question_marker names; "
-        "mend the row or the marker"
+        "correct the row or the marker"
     )

@@ -74,7 +74,7 @@ class Renderer:
             return [(0, len(text))]
         found = markers.answers(text, marker, self._options.question_marker)
         if not found and self._options.train_on != "all":
-            raise ValueError(f"has no {marker!r}, which tokenize.answer_marker names; mend the row or the marker")
+            raise ValueError(f"has no {marker!r}, which tokenize.answer_marker names; correct the row or the marker")
         return found or [(0, len(text))]
 
     def _hidden_text(self, text: str) -> str | None:
@@ -139,7 +139,7 @@ class Renderer:
 
 
 def _spells(token: str | None, where: str) -> str:
-    return f"spells the control token {token}{where}; mend the row, or set tokenize.special_in_content: text"
+    return f"spells the control token {token}{where}; correct the row, or set tokenize.special_in_content: text"
 
 
 def _holes(found: Conversation, unlearned: Iterable[int]) -> list[Range]:

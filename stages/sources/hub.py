@@ -75,7 +75,7 @@ def _explaining_hub(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: the Hub wants you to accept its licence first, then: hf auth login") from None
     except RevisionNotFoundError:
         raise ValueError(
-            f"{name}: the Hub has no such revision; mend model.revision, "
+            f"{name}: the Hub has no such revision; correct model.revision, "
             "or take what the Hub has now with: python -m stages.fetch --refresh"
         ) from None
     except RepositoryNotFoundError:

@@ -18,6 +18,8 @@ from stages.tokens.row import TokenRow
 
 # MLX allocates up to ten operations ahead of the one that it computes.
 _CHUNK_COPIES = 13
+# Arrays an optimizer keeps of each weight: two at most.
+_MOMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,6 @@ def estimate(
     batch_tokens: int | None,
     grad_checkpoint: bool,
     fused_loss: bool,
-    moments: int = 2,
 ) -> Estimate:
     """Estimate what a run needs, for a model with its adapter attached.
 
@@ -78,7 +79,7 @@ def estimate(
     kept = one_layer * (1 if grad_checkpoint else len(layers)) + tokens * _hidden_size(model) * item * len(layers)
     return Estimate(
         weights=weights,
-        adapter=adapter_bytes * (2 + moments),
+        adapter=adapter_bytes * (2 + _MOMENTS),
         activations=kept,
         head=head,
         available=available_memory(),

@@ -1,4 +1,4 @@
-"""Every command under one roof: `python -m stages COMMAND`."""
+"""The command line: `python -m stages COMMAND`."""
 
 import typer
 

@@ -44,10 +44,10 @@ def evaluate(
     from stages.lora import adapter
     from stages.lora.execution import set_up
     from stages.model.load import load_base
-    from stages.scoring import ranks as distributed
+    from stages.scoring.ranks import join
     from stages.tokens.parquet import read_tokens
 
-    ranks = distributed.join()
+    ranks = join()
     console.follow(ranks.rank)
     settings = load_params(params_file, overrides or ())
     outputs.refuse_foreign(out, ["rows.parquet"], inputs=[tokens, adapter_dir])
@@ -89,29 +89,8 @@ def evaluate(
     seconds["adapter"] = time.perf_counter() - began
     if problem := execution.close():
         console.warn(problem)
-    if ranks.rank:
-        return
-
-    totals = {name: sum(parts[1:], parts[0]) for name, parts in scores.items()}
-    summary: dict[str, Any] = {
-        "rows": len(rows),
-        "tokens": totals["base"].tokens,
-        **{name: _figures(total) for name, total in totals.items()},
-        "rows_improved": sum(a.loss < b.loss for a, b in zip(scores["adapter"], scores["base"], strict=True)),
-    }
-    with outputs.replacing(out) as draft:
-        draft.mkdir()
-        _write_rows(draft / "rows.parquet", rows, scores)
-    outputs.write_json(metrics, summary)
-    count = sum(len(row.input_ids) for row in rows)
-    outputs.write_json(
-        timing, {f"{name}_tokens_per_second": round(count / taken, 2) for name, taken in seconds.items()}
-    )
-    console.table(
-        f"Test split: {summary['rows']:,} rows, {summary['tokens']:,} scored tokens → {metrics}",
-        ("", "base", "adapter"),
-        ((name.replace("_", " "), summary["base"][name], summary["adapter"][name]) for name in summary["base"]),
-    )
+    if ranks.rank == 0:
+        _write(rows, scores, seconds, out=out, metrics=metrics, timing=timing)
 
 
 def _score(
@@ -139,6 +118,38 @@ def _adapter_of_rank_0(directory: Path, ranks: Ranks) -> Iterator[Path]:
             content = (directory / name).read_bytes() if ranks.rank == 0 else b""
             (Path(scratch) / name).write_bytes(ranks.broadcast_bytes(content))
         yield Path(scratch) if ranks.rank else directory
+
+
+def _write(
+    rows: list[TokenRow],
+    scores: dict[str, list[Score]],
+    seconds: dict[str, float],
+    *,
+    out: Path,
+    metrics: Path,
+    timing: Path,
+) -> None:
+    """Write the scores of each row, the metrics and the speed; show the metrics."""
+    totals = {name: sum(parts[1:], parts[0]) for name, parts in scores.items()}
+    summary: dict[str, Any] = {
+        "rows": len(rows),
+        "tokens": totals["base"].tokens,
+        **{name: _figures(total) for name, total in totals.items()},
+        "rows_improved": sum(a.loss < b.loss for a, b in zip(scores["adapter"], scores["base"], strict=True)),
+    }
+    with outputs.replacing(out) as draft:
+        draft.mkdir()
+        _write_rows(draft / "rows.parquet", rows, scores)
+    outputs.write_json(metrics, summary)
+    count = sum(len(row.input_ids) for row in rows)
+    outputs.write_json(
+        timing, {f"{name}_tokens_per_second": round(count / taken, 2) for name, taken in seconds.items()}
+    )
+    console.table(
+        f"Test split: {summary['rows']:,} rows, {summary['tokens']:,} scored tokens → {metrics}",
+        ("", "base", "adapter"),
+        ((name.replace("_", " "), summary["base"][name], summary["adapter"][name]) for name in summary["base"]),
+    )
 
 
 def _figures(total: Score) -> dict[str, float]:

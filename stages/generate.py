@@ -106,7 +106,7 @@ def _ask(maker: Prompts, fields: dict[str, object], place: str) -> Prompt:
     try:
         return maker.of_row(fields)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}; mend the row or prepare.template") from None
+        raise ValueError(f"{place}: {error}; correct the row or prepare.template") from None
 
 
 def _require(merged: Path) -> Path:

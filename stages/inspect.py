@@ -87,7 +87,7 @@ def _shown(row: TokenRow, tokenizer: Any, *, coloured: bool) -> Text:
 
 
 def _spelled(row: TokenRow, tokenizer: Any) -> int:
-    """How many control tokens the row's text spells that are no tokens, and look the same on the screen."""
+    """Count the control tokens that the row's text only spells: on the screen they look like real ones."""
     from stages.chat.tokenizer import TextTokenizer
 
     control = TextTokenizer(tokenizer).control

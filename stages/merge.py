@@ -1,4 +1,4 @@
-"""Fold the adapter into the base model, and prove that the result says what the adapter said.
+"""Fold the adapter into the base model, and compare the predictions of both.
 
 artifacts/base.json + artifacts/adapter → artifacts/merged, a model directory that any MLX or Hugging Face loader opens:
 `python -m stages.merge artifacts/adapter --out artifacts/merged`
@@ -37,9 +37,9 @@ def merge(
     """Write base + adapter as one model; read it back and compare its predictions with the adapter's, or fail."""
     from stages.lora import adapter
     from stages.lora.execution import narrow_head
-    from stages.merging import fuse as core
     from stages.merging.agreement import compare, log_probabilities
-    from stages.model import load as model
+    from stages.merging.fuse import fuse
+    from stages.model.load import floating_dtype, load_base
     from stages.tokens.parquet import read_tokens
 
     settings = load_params(params_file, overrides or ())
@@ -53,26 +53,26 @@ def merge(
     rows = rows[: options.check_rows]
 
     with console.progress("reading the adapter's predictions"):
-        adapted, _ = model.load_base(directory, dtype=settings.model.dtype, trust_remote_code=trust)
+        adapted, _ = load_base(directory, dtype=settings.model.dtype, trust_remote_code=trust)
         narrow_head(adapted)
         adapter.load(adapted, adapter_dir)
         said = log_probabilities(adapted, rows)
         del adapted
     with outputs.replacing(out) as draft:
         with console.progress("merging"):
-            fused, config = model.load_base(
+            fused, config = load_base(
                 directory, dtype=options.dtype, dequantize=options.dequantize, keep_dtype=True, trust_remote_code=trust
             )
             adapter.load(fused, adapter_dir)
-            dtype = model.floating_dtype(fused)
-            core.fuse(fused, dtype=dtype, requantize=not options.dequantize)
+            dtype = floating_dtype(fused)
+            fuse(fused, dtype=dtype, requantize=not options.dequantize)
             config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
             _write_model(draft, fused, config, directory, manifest)
             if template := settings.tokenize.chat_template:
                 (draft / "chat_template.jinja").write_text(template, encoding="utf-8")
             del fused
         with console.progress("reading the merged model's predictions"):
-            merged, _ = model.load_base(draft, dtype=settings.model.dtype, trust_remote_code=trust)
+            merged, _ = load_base(draft, dtype=settings.model.dtype, trust_remote_code=trust)
             narrow_head(merged)
             agreement = compare(said, log_probabilities(merged, rows))
         _refuse_loss(agreement, options)

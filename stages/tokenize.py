@@ -126,7 +126,7 @@ def _refuse_empty(name: str, figures: dict[str, Any]) -> None:
 
 
 def _notes(tally: Tally, total: dict[str, Any]) -> list[str]:
-    """What happened to answers, thoughts and control tokens, where something did."""
+    """Lines on answers, thoughts and control tokens, if there is something to say."""
     notes = [tally.answers()]
     if count := total["thoughts_left_out"]:
         notes.append(f"{count:,} thoughts of earlier turns are left out by the chat template, as they will be in use")

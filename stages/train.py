@@ -49,7 +49,7 @@ def train(
     """
     from stages.lora import adapter
     from stages.lora.execution import set_up
-    from stages.scoring import ranks as distributed
+    from stages.scoring.ranks import join
     from stages.tokens.parquet import read_tokens
     from stages.training import resume
     from stages.training.checkpoint import Checkpoints
@@ -58,7 +58,7 @@ def train(
     from stages.training.throughput import Throughput
 
     throughput = Throughput(time.perf_counter())
-    ranks = distributed.join()
+    ranks = join()
     console.follow(ranks.rank)
 
     # Load

@@ -334,7 +334,7 @@ def test_train_says_what_keeps_it_from_compiling(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wanted: str, said: bool
 ) -> None:
     run(fetch, prepare, tokenize)
-    monkeypatch.setattr("stages.training.loop.why_not_compiled", lambda: "there is no compiler")
-    monkeypatch.setattr("stages.training.loop.on_cpu", lambda: True)
+    monkeypatch.setattr("stages.training.step.why_not_compiled", lambda: "there is no compiler")
+    monkeypatch.setattr("stages.training.step.on_cpu", lambda: True)
     train(overrides=["train.iters=1", f"train.compile={wanted}"])
     assert ("train.compile is not used: there is no compiler" in capsys.readouterr().out) == said

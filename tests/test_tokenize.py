@@ -168,7 +168,7 @@ def test_special_in_content(raw: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert ledger()["special_in_content"] == 1
     assert "1 rows spell control tokens" in " ".join(capsys.readouterr().out.split())
     assert run("tokenize.special_in_content=allow")["tokens"].to_pylist() == [5]
-    with pytest.raises(ValueError, match=r"rows.jsonl:1: spells the control token <\|pad\|>; mend the row, or set"):
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: spells the control token <\|pad\|>; correct the row, or set"):
         run("tokenize.special_in_content=error")
 
 

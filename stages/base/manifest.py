@@ -1,4 +1,4 @@
-"""Which base model, exactly: the manifest `artifacts/base.json`, and the way from it to the files on this machine.
+"""The manifest `artifacts/base.json`, which identifies the base model, and the way from it to files on this machine.
 
 The manifest holds identity, never a machine's path, and git tracks it: it pins the base model of a commit. Where the
 files lie is the store's matter. Every stage opens the base with `locate`, which refuses files that differ.

@@ -1,4 +1,4 @@
-"""Where base models lie on this machine: the store holds a record of each folder that was seen to hold one.
+"""Records of the folders that hold base models on this machine, kept in the store.
 
 A base model may lie in several folders. A record keeps each file's stamp, so that what was not touched since is not
 hashed again.
@@ -26,7 +26,7 @@ class Record:
 
 
 def stamp(path: Path) -> Stamp:
-    """What changes with a file's content: size, times of content and entry, inode."""
+    """Size, modification and change time, and inode of a file: one of them changes when its content does."""
     stat = path.stat()
     return (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 

@@ -1,4 +1,4 @@
-"""What is of this machine, and git and DVC never see: the store that all checkouts share, and a project's own state."""
+"""Folders of this machine that git and DVC never see: the store that all checkouts share, and a project's own state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where in a chat template's words each answer begins and ends.
+"""The borders of answers: the places in a chat template's words where each answer begins and ends.
 
 An answer begins where the words before its first string stop agreeing with what the turns before it and the generation
 prompt make, counted from the string before. It ends with the end-of-turn token after its last string: what stands there
@@ -17,7 +17,7 @@ from typing import Any
 from stages.chat.render import roles
 from stages.chat.strings import Message, closing, marked, opening, without_thought
 
-HINT = "give another in tokenize.chat_template, or mend the row"
+HINT = "give another in tokenize.chat_template, or correct the row"
 _KNOWN = 4096  # borders kept at a time
 
 
@@ -31,7 +31,7 @@ class Border:
 
 @dataclass(frozen=True, slots=True)
 class AnswerBorders:
-    """Where the answer of a turn begins and ends; from `closes` on there is only the token that ends it."""
+    """The start and the end of a turn's answer; from `closes` on there is only the token that ends it."""
 
     turn: int
     start: Border
@@ -53,14 +53,14 @@ class Writer:
         self._known: dict[Any, tuple[int, int, int]] = {}
 
     def header(self, tools: Sequence[Any] | None) -> str:
-        """What the template writes at the start of any answer; "" if that cannot be told."""
+        """The words that the template writes at the start of any answer; "" if that cannot be told."""
         # A tokenizer may have another template for rows with tools.
         if bool(tools) not in self._headers:
             self._headers[bool(tools)] = self._find_header(tools)
         return self._headers[bool(tools)]
 
     def once(self, key: Any, find: Callable[[], tuple[int, int, int]]) -> tuple[int, int, int]:
-        """What `find` gives, found once for a key."""
+        """The result of `find`, which is called once for a key."""
         if key not in self._known:
             if len(self._known) >= _KNOWN:
                 self._known.clear()
@@ -83,7 +83,7 @@ class Writer:
             return None
 
     def agreement(self, one: str, other: str) -> int:
-        """How many characters two texts begin with in common; a control token counts whole or not at all."""
+        """The length of two texts' common prefix; a control token counts whole or not at all."""
         length = len(os.path.commonprefix([one, other]))  # noqa: RUF071  characters are what is meant
         for match in self._control.finditer(one):
             if match.start() < length < match.end():
@@ -153,7 +153,7 @@ class View:
         return self.writer.once(key, lambda: (self._start(turn, before), *self._end(turn, after, 0)))
 
     def _start(self, turn: int, before: int) -> int:
-        """How far into the words before the turn's first string its header reaches."""
+        """The end of the turn's header, as an offset into the words before the turn's first string."""
         words, writer = self.words[before], self.writer
         asked = writer.try_render(self.turns[:turn], self.tools, ask=True) if before else None
         following = self._following(asked, before)
@@ -166,7 +166,7 @@ class View:
         return len(words) if start is None else start
 
     def _end(self, turn: int, after: int, low: int) -> tuple[int, int]:
-        """How far into the words after the turn's last string its own reach, and where its end-of-turn token begins."""
+        """The end of the turn and the start of its end-of-turn token: offsets into the words after its last string."""
         words, writer = self.words[after], self.writer
         if turn == len(self.turns) - 1:
             asked = self._following(writer.try_render(self.turns, self.tools, ask=True), after)
@@ -190,7 +190,7 @@ class View:
         return (tokens[-1][1], tokens[-1][0]) if tokens else (reach, reach)
 
     def _following(self, text: str | None, place: int) -> str | None:
-        """What follows the string before the words of that number in another text, if the string is there."""
+        """The rest of another text after the string before the words of that number; None if it is not there."""
         if text is None or not place:
             return text
         _, mark, following = text.partition(closing(self.order[place - 1]))

@@ -69,13 +69,13 @@ class ControlTokens:
         made = self.count(i for i, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if not added)
         if made != len(self._hidden_pattern.findall(renamed)):
             raise ValueError(
-                "spells a control token that this tokenizer cannot write as text; mend the row, or set "
+                "spells a control token that this tokenizer cannot write as text; correct the row, or set "
                 "tokenize.special_in_content: allow"
             )
         return encoding
 
     def count(self, ids: Iterable[int]) -> int:
-        """How many of the tokens are control tokens."""
+        """Count the control tokens among the ids."""
         return sum(index in self._ids for index in ids)
 
     @cached_property

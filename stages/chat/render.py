@@ -1,4 +1,4 @@
-"""Messages → text by a chat template, as transformers renders it, but for the clock: it stands at a given date."""
+"""Messages → text by a chat template, as transformers renders it, except that today is a given date."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def render(
     Raises:
         ValueError: the template rejects it.
     """
-    # The compiled template is transformers' own, with its sandbox and filters; its public function takes no clock.
+    # The compiled template is transformers' own, with its sandbox and filters; its public function takes no date.
     from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
     variables = {

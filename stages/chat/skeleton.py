@@ -123,7 +123,7 @@ class SkeletonMaker:
             raise ValueError(f"the chat template changes the order of the turns {roles(messages)}; {HINT}")
 
     def _left_out(self, view: View, messages: Sequence[Message], strings: Sequence[String]) -> int:
-        """How many thoughts the template leaves out because their turn is not the last.
+        """Count the thoughts that the template leaves out because their turn is not the last.
 
         Raises:
             ValueError: it leaves one out wherever it stands.
@@ -202,7 +202,7 @@ def _between(words: Sequence[str], start: Border, end: Border) -> Iterable[str]:
 
 
 def _stands_in(string: str, text: str) -> bool:
-    """Whether a template wrote the string there, in any form, lines broken anew or not."""
+    """True if a template wrote the string there, in any of its forms; line breaks may differ."""
     if not string.strip():
         return True
     if any(form in text for form in spellings(string)):

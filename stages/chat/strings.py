@@ -45,7 +45,7 @@ class _Marker:
         self._around = around
 
     def mark(self, turn: int, kind: Literal["content", "thought", "argument"], text: str) -> str:
-        """What goes in a string's place: blanks stay as they are, so that a template words them as they are."""
+        """The mark for a string. A blank string stays as it is, for templates test for it."""
         core = text.strip()
         if not core:
             return text

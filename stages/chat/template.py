@@ -59,7 +59,7 @@ class Conversation:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, or the one given; `date` is what it reads from the clock, as 2026-01-31.
+    """A tokenizer's chat template, or the one given; `date` is the day that it sees, such as 2026-01-31.
 
     Raises:
         ValueError: on use, if there is none.
@@ -162,7 +162,7 @@ class ChatTemplate:
         return Conversation(made.text, tuple(answers), tuple(map(tuple, places)), open_end, skeleton.left_out)
 
     def _generated(self, made: Render, whole: Span, turn: int, said: set[Range]) -> tuple[Span, ...]:
-        """What of an answer the template marks, with the end-of-turn token that follows.
+        """The parts of an answer that the template marks, with the end-of-turn token that follows.
 
         Raises:
             ValueError: the marks leave out what the turn says.

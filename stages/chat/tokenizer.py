@@ -41,7 +41,7 @@ class TextTokenizer:
         self._eos_text = str(tokenizer.eos_token)
 
     def adds_bos(self, text: str) -> bool:
-        """Whether BOS goes before a text: one that brings its own gets no second."""
+        """True if BOS goes before a text: one that brings its own gets no second."""
         return not (self._bos and text.startswith(self._bos))
 
     def hide_control(self, text: str) -> str:

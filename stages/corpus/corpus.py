@@ -75,7 +75,7 @@ def write_corpus(folder: Path, sources: list[Source], options: Prepare, advance:
             unread[source.name] = list(names)
             ledger.add(home or "train", unread_columns=len(names))
         if allocation.by_count:
-            files.deal(allocation)
+            files.allocate(allocation)
     _refuse_empty(ledger, [name for name in SPLITS if name in provided or allocation.wants(name)], bad)
     write_json(folder / SOURCES_FILE, _about(sources, ledger, schemas, unread))
     return Report(ledger, schemas, unread, sieve.near_pairs)
@@ -119,8 +119,8 @@ class _Sieve:
             return "too_long"
         verdict = self._seen.judge(row.content, row.text, split)
         if verdict == "leaked" and self._options.leaks == "error":
-            mend = "remove it from one, or set prepare.leaks: drop"
-            raise ValueError(f"{row.place}: stands in another split too; {mend}")
+            hint = "remove it from one, or set prepare.leaks: drop"
+            raise ValueError(f"{row.place}: stands in another split too; {hint}")
         return None if verdict == "new" else verdict
 
     def note_resemblance(self, row: Row) -> bool:
@@ -141,13 +141,13 @@ def _refuse_empty(ledger: Ledger, wanted: Iterable[str], bad: list[str]) -> None
             reasons = ", ".join(
                 f"{total[f'dropped_{reason}']} {reason}" for reason in REASONS if total[f"dropped_{reason}"]
             )
-            why = f"the first bad one is {bad[0]}" if bad else "mend the rows, or the parameters of prepare"
+            why = f"the first bad one is {bad[0]}" if bad else "correct the rows, or the parameters of prepare"
             raise ValueError(
                 f"the {name} split got none of the 0 rows: all {total['rows_in']} were dropped ({reasons}); {why}"
             )
-        mend = (
+        hint = (
             f"raise prepare.{name}_fraction (or set it to null, and prepare.{name}_rows to 1 or more)"
             if name != "train"
             else "lower the other splits' shares"
         )
-        raise ValueError(f"the {name} split got none of the {total['rows_used']} rows; add rows or {mend}")
+        raise ValueError(f"the {name} split got none of the {total['rows_used']} rows; add rows or {hint}")

@@ -1,4 +1,4 @@
-"""What is done to a row's text before it is split: Unicode normalisation, control characters, duplicates.
+"""Duplicates and near-duplicates among rows, and control characters in them.
 
 Source: Unicode Standard Annex #15 (normalisation forms).
 """
@@ -21,7 +21,7 @@ _SHINGLE, _PERMUTATIONS, _BANDS = 5, 128, 32
 
 
 def has_control(content: Content) -> bool:
-    """Whether a row holds control characters other than tab and line ends."""
+    """True if a row holds control characters other than tab and line ends."""
     values = [turn["content"] for turn in content["messages"]] if "messages" in content else content.values()
     return any(_CONTROL.search(value) for value in values)
 
@@ -42,7 +42,7 @@ class Seen:
         self._rows: dict[int, int] = {}
 
     def judge(self, content: Content, text: str, split: str) -> Verdict:
-        """What a row of this content and text, meant for this split, is to those before it. A new one is remembered.
+        """Compare a row, meant for this split, with the rows before it, and say if it is new. A new one is remembered.
 
         A row is leaked if another split has it already: held-out splits must be shown first.
         """
@@ -88,8 +88,8 @@ class NearDuplicates:
         try:
             from rensa import RMinHash, RMinHashLSH
         except ImportError:
-            mend = "install it with: pip install 'rensa>=0.5'"
-            raise ValueError(f"prepare.near_duplicates needs the rensa library; {mend}") from None
+            hint = "install it with: pip install 'rensa>=0.5'"
+            raise ValueError(f"prepare.near_duplicates needs the rensa library; {hint}") from None
         self._threshold = threshold
         self._hash: Any = lambda: RMinHash(num_perm=_PERMUTATIONS, seed=0)
         self._index = RMinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS, num_bands=_BANDS)

@@ -61,7 +61,7 @@ class Intake:
             raise ValueError(f"{raw.place}: {_what(error)}") from None
 
     def rows(self, source: Source, advance: Callable[[int], None]) -> Iterator[Row | Dropped]:
-        """What becomes of each row of a source, whose first row tells its schema."""
+        """Read each row of a source, used or dropped. The first row tells the schema of all."""
         schema: Schema | None = None
         for raw in source.rows(advance):
             if isinstance(raw, BadRow):
@@ -102,16 +102,16 @@ class Intake:
 
 def _what(error: Exception) -> str:
     if isinstance(error, UnicodeEncodeError):
-        return "holds half of a surrogate pair (\\udXXX), which is no character; mend the row"
+        return "holds half of a surrogate pair (\\udXXX), which is no character; correct the row"
     if isinstance(error, RecursionError):
-        return "is nested too deep; mend the row"
+        return "is nested too deep; correct the row"
     if isinstance(error, TypeError):  # dates, bytes and such in tools and arguments
         return f"holds what JSON cannot ({error}); convert it to text"
-    return str(error) if ";" in str(error) else f"{error}; mend the row or map the columns in prepare.columns"
+    return str(error) if ";" in str(error) else f"{error}; correct the row or map the columns in prepare.columns"
 
 
 def _group(fields: Mapping[str, Any], name: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str | int):
-        raise ValueError(f"has no text or whole number in {name!r}, which prepare.group_by names; mend the row")
+        raise ValueError(f"has no text or whole number in {name!r}, which prepare.group_by names; correct the row")
     return f"group:{value}"

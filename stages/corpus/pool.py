@@ -33,7 +33,7 @@ class Pool:
         for name, column in self._counts.items():
             column.append(counts[name])
 
-    def deal(self, allocation: Allocation) -> Iterator[tuple[str, str, dict[str, int]]]:
+    def allocate(self, allocation: Allocation) -> Iterator[tuple[str, str, dict[str, int]]]:
         """Each row's split, line and counts.
 
         Raises:

@@ -18,14 +18,14 @@ def point(key: str, *, seed: int) -> int:
 
 @dataclass(frozen=True)
 class Allocation:
-    """How much of the rows without a split of their own each held-out split takes: fractions, or numbers of rows."""
+    """The shares of the held-out splits in the rows without a split of their own: fractions, or numbers of rows."""
 
     fractions: Mapping[str, float]
     rows: Mapping[str, int]
 
     @classmethod
     def under(cls, options: Prepare, provided: Collection[str | None]) -> Allocation:
-        """What the parameters say, but nothing for the splits that files are provided for."""
+        """The shares that the parameters set; 0 for a split that has files of its own."""
         fractions = {"valid": options.valid_fraction, "test": options.test_fraction}
         rows = {"valid": options.valid_rows, "test": options.test_rows}
         return cls(

@@ -49,12 +49,12 @@ class SplitFiles:
         else:
             self._files[split].write(line)
 
-    def deal(self, allocation: Allocation) -> None:
+    def allocate(self, allocation: Allocation) -> None:
         """Give the waiting rows their splits.
 
         Raises:
             ValueError: they do not suffice.
         """
-        for split, line, counts in self._pool.deal(allocation):
+        for split, line, counts in self._pool.allocate(allocation):
             self._files[split].write(line)
             self._ledger.move("train", split, **counts)

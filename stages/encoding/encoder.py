@@ -27,7 +27,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What became of one prepared row: token rows (several if it was split), or the reason why there are none."""
+    """The outcome for one prepared row: token rows (several if it was split), or the reason why there are none."""
 
     source: str
     rows: tuple[TokenRow, ...] = ()
@@ -58,14 +58,14 @@ class Encoder:
         return self._renderer.chat.used_hash
 
     def encode(self, rows: Iterable[PreparedRow]) -> Iterator[Encoded]:
-        """What becomes of each row, in their order. The next batches are encoded while the caller uses this one's."""
+        """The outcome for each row, in order. The next batches are encoded while the caller uses this one's."""
         for batch in _ahead(self._encode_batch, _batches(rows, _BATCH_ROWS)):
             masked = iter(self._masker.mask([tokens for tokens in batch if isinstance(tokens, Tokens)]))
             for result in batch:
                 yield result if isinstance(result, Encoded) else self._result(next(masked))
 
     def _encode_batch(self, rows: Sequence[PreparedRow]) -> list[Tokens | Encoded]:
-        """The tokens of each row, or what became of one that is refused."""
+        """The tokens of each row, or the outcome for one that is refused."""
         made = [self._render(row) for row in rows]
         good = [(row, result) for row, result in zip(rows, made, strict=True) if isinstance(result, Rendered)]
         encoded = iter(self._masker.encode(good))
@@ -82,7 +82,7 @@ class Encoder:
             return error
 
     def _result(self, masked: Masked) -> Encoded:
-        """What becomes of a row, now that its length is known."""
+        """The outcome for a row whose length is known: used whole, cut, or dropped."""
         row, made, length = masked.tokens.row, masked.tokens.rendered, len(masked.ids)
         if not masked.trained:
             return _dropped(masked, "nothing_to_learn")

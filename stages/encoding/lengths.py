@@ -31,7 +31,7 @@ _MANY = 512
 
 
 class Tally:
-    """What became of the prepared rows of each split; `fallback` tells of each token id whether it is one."""
+    """Counts and lengths of the prepared rows of each split; `fallback` is the table of `fallback_ids`."""
 
     def __init__(self, fallback: np.ndarray) -> None:
         self._fallback = fallback
@@ -99,7 +99,7 @@ class Tally:
         ]
 
     def answers(self) -> str | None:
-        """Why fewer answers are trained on than assistants' turns were read, in a sentence; None if none is missing."""
+        """One sentence on the assistants' turns that are not trained on, with the reasons; None if all are."""
         figures = self._ledger.figures("all")
         reasons = [f"{figures[name]:,} {words}" for name, words in UNTRAINED.items() if figures[name]]
         if not reasons:
@@ -108,7 +108,7 @@ class Tally:
         return f"{trained:,} of {read:,} assistant turns are trained on: {'; '.join(reasons)}"
 
     def advice(self, max_length: int) -> list[str]:
-        """What the lengths mean for `max_length`, in sentences."""
+        """Sentences on `max_length`: how many rows are longer, and the value that would hold them all."""
         lengths = self.lengths("all")
         if not len(lengths):
             return []
@@ -124,7 +124,7 @@ class Tally:
 
 
 def fallback_ids(backend: Any) -> np.ndarray:
-    """Of each token id, whether it stands for less than a character or for an unknown one.
+    """A table over token ids: True for those that stand for less than a character, or for an unknown one.
 
     These are the unknown token, byte tokens such as <0xEA>, and tokens of a byte-level vocabulary that hold parts of
     characters: text that needs many of them is text that the tokenizer was not made for.

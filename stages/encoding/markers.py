@@ -1,4 +1,4 @@
-"""Where the answers of a plain text begin and end, by the markers before answers and before questions."""
+"""The answers of a plain text, found by the markers before answers and before questions."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def _unclear(count: int, answer_marker: str, question_marker: str | None) -> str
     if question_marker is None:
         return (
             f"has {count} answers by tokenize.answer_marker {answer_marker!r}: name what comes before the next "
-            "question in tokenize.question_marker, or mend the row"
+            "question in tokenize.question_marker, or correct the row"
         )
     return (
         f"has {answer_marker!r} twice without {question_marker!r} between them, which tokenize.question_marker names; "
-        "mend the row or the marker"
+        "correct the row or the marker"
     )

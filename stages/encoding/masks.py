@@ -47,7 +47,7 @@ class Masked:
 
 @dataclass(frozen=True, slots=True)
 class _Positions:
-    """Of a batch's tokens: where each ends and how long it is, in bytes; of its rows: the start, and if that holds."""
+    """Bytes of a batch: each token's end and length, each row's start (`before`); `fits`: its lengths add up."""
 
     ends: np.ndarray
     lengths: np.ndarray
@@ -150,7 +150,7 @@ class Masker:
         return mask, first_bytes
 
     def _positions(self, batch: Sequence[Tokens], ids: np.ndarray, begins: list[int]) -> _Positions | None:
-        """Where each token of a batch ends, in bytes, if the tokenizer's are known."""
+        """The places of a batch's tokens in bytes; None if the tokenizer's byte lengths are not known."""
         if self.byte_lengths is None:
             return None
         lengths = self.byte_lengths[ids]

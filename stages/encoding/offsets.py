@@ -1,4 +1,4 @@
-"""Which tokens cover which characters.
+"""The places of tokens in a text, in characters and in bytes.
 
 Any fast tokenizer tells its tokens' offsets. A byte-level one need not be asked: its tokens' bytes, one after another,
 are the text's bytes, so lengths add up to positions. That is exact, and spares the tokenizer a third of its work; a row
@@ -40,7 +40,7 @@ def end_token(encoding: Any, char: int, text: str) -> int:
 
 
 def place(encoding: Any, token: int, edge: int, otherwise: int) -> int:
-    """Where a token's characters begin (edge 0) or end (1); of an appended EOS, `otherwise`."""
+    """The start (edge 0) or the end (1) of a token's characters; `otherwise` for an appended EOS."""
     chars = encoding.token_to_chars(token) if token < len(encoding) else None
     return int(chars[edge]) if chars else otherwise
 
@@ -58,7 +58,7 @@ def byte_lengths(backend: Any) -> np.ndarray | None:
 
 
 def is_byte_level(backend: Any) -> bool:
-    """Whether a tokenizer's vocabulary spells bytes in symbols, as GPT-2's does."""
+    """True if a tokenizer's vocabulary spells bytes in symbols, as GPT-2's does."""
     state = json.loads(backend.to_str())
     return "ByteLevel" in json.dumps([state.get("pre_tokenizer"), state.get("decoder")])
 

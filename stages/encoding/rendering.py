@@ -1,4 +1,4 @@
-"""Prepared rows → text, and which of its characters are learned."""
+"""Prepared rows → text, and the characters of it that are learned."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Renderer:
             return [(0, len(text))]
         found = markers.answers(text, marker, self._options.question_marker)
         if not found and self._options.train_on != "all":
-            raise ValueError(f"has no {marker!r}, which tokenize.answer_marker names; mend the row or the marker")
+            raise ValueError(f"has no {marker!r}, which tokenize.answer_marker names; correct the row or the marker")
         return found or [(0, len(text))]
 
     def _hidden_text(self, text: str) -> str | None:
@@ -93,12 +93,12 @@ class Renderer:
         if spells:
             turns, tools = self._control.hide(turns), self._control.hide(list(tools)) if tools else tools
         found = self.chat.conversation(turns, tools)
-        muted = {i for i, turn in enumerate(turns) if turn.get("train") is False}
+        unlearned = {i for i, turn in enumerate(turns) if turn.get("train") is False}
         chosen = found.answers[-1:] if self._options.train_on == "last_assistant" else found.answers
-        learned = [answer for answer in chosen if answer.turn not in muted]
-        masked = sum(answer.turn in muted for answer in found.answers)
+        learned = [answer for answer in chosen if answer.turn not in unlearned]
+        masked = sum(answer.turn in unlearned for answer in found.answers)
         if self._options.train_on == "all":
-            spans = _without([Span(0, len(found.text), len(found.text))], _holes(found, muted))
+            spans = _without([Span(0, len(found.text), len(found.text))], _holes(found, unlearned))
         else:
             spans = [span for answer in learned for span in answer.spans]
         if self._options.thoughts == "mask":
@@ -122,7 +122,7 @@ class Renderer:
         )
 
     def _spells(self, turns: Sequence[Message], tools: Sequence[Any] | None) -> bool:
-        """Whether a turn or a tool spells a control token.
+        """True if a turn or a tool spells a control token.
 
         Raises:
             ValueError: one does, and params.yaml makes that an error.
@@ -139,14 +139,14 @@ class Renderer:
 
 
 def _spells(token: str | None, where: str) -> str:
-    return f"spells the control token {token}{where}; mend the row, or set tokenize.special_in_content: text"
+    return f"spells the control token {token}{where}; correct the row, or set tokenize.special_in_content: text"
 
 
-def _holes(found: Conversation, muted: Iterable[int]) -> list[Range]:
+def _holes(found: Conversation, unlearned: Iterable[int]) -> list[Range]:
     """The characters of turns that are not learned though everything else is."""
     answers: dict[int, Answer] = {answer.turn: answer for answer in found.answers}
     holes: list[Range] = []
-    for turn in muted:
+    for turn in unlearned:
         if turn in answers:
             holes += [(span.start, span.end) for span in answers[turn].spans]
         else:

@@ -141,7 +141,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """Read a file that holds one JSON object; `hint` says how to mend it.
+    """Read a file that holds one JSON object; `hint` says what to do about a bad one.
 
     Raises:
         ValueError: it is missing or no JSON object; the message names the file and ends in the hint.

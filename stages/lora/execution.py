@@ -1,4 +1,4 @@
-"""The optional savings of a model's computation, each checked against the plain way before it is used.
+"""The optional savings of a model's computation, each compared with the plain form before it is used.
 
 `set_up` puts the patches on a loaded model in their order (see patches.py), and opens the cache of its frozen layers.
 """
@@ -58,7 +58,7 @@ def set_up(
     is_traced: bool = False,
     grad_checkpoint: bool = False,
 ) -> Execution:
-    """Patch a model that is to compute these rows, and find out which of its layers need not run again.
+    """Patch a model that is to compute these rows, and open the cache of its frozen layers.
 
     `adapted` names the modules that are trained, or their weights; `base` is the identity of the base model. A step
     that `is_traced` (compiled) cannot use the CPU kernels. Leaves the model in evaluation mode.
@@ -262,4 +262,5 @@ def _fingerprint(model: nn.Module, layers: int, base: str) -> str:
         "blas": Path(blas.loaded() or "").name,
         "cpu_kernels": kernels.in_use(model),
     }
-    return digest_of(parts | code.fingerprint("stages.lora.frozen", "stages.lora.patches"))[:32]
+    # Loading belongs to it: states follow from how weights were dequantised and rounded.
+    return digest_of(parts | code.fingerprint("stages.lora.frozen", "stages.lora.patches", "stages.model.load"))[:32]

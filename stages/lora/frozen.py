@@ -3,7 +3,7 @@
 Nothing in them is trained and they get no dropout, so their output (the states) is computed once per row and fed in at
 the first adapted layer from then on. This needs nothing from the model's code: while states are fed in, stand-ins take
 the frozen layers' places in `model.layers` and return them. A row's states are computed with the row alone, so that
-they are the same bits whatever rows it meets in a batch.
+they are the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _ReachedError(Exception):
 
 
 class _StandIn:
-    """In a layer's place, and like it to whoever asks for its attributes (its kind of attention, say)."""
+    """A stand-in for a layer, with the layer's own attributes (its kind of attention, say)."""
 
     def __init__(self, layer: nn.Module, states_BxLxD: mx.array | None = None) -> None:
         self._layer, self._states_BxLxD = layer, states_BxLxD

@@ -1,11 +1,11 @@
-"""A CPU's own fast paths: SiLU, GELU, softmax, attention and cross-entropy by NumPy's vector code.
+"""CPU kernels: SiLU, GELU, softmax, attention and cross-entropy by NumPy's vector code.
 
 MLX computes exp on a CPU one number after another, 12 ns each, where NumPy's vector loops take 0.5. These functions do
 the same mathematics with other rounding in the last bits; patches.py lets a model's code see them in place of MLX's.
 
 They evaluate their inputs, so `mx.compile` cannot trace them: a step that is to be compiled does without them. What
-they do not cover (another device or type than float32, attention sinks, quantised caches) goes on to
-MLX. A row is summed by one thread, so the bytes do not depend on how many there are.
+they do not cover (another device or type than float32, attention sinks, quantised caches) goes on to MLX. A row is
+summed by one thread, so the bytes do not depend on how many there are.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A faster way of computing compared with the plain one on the first rows: the same results, or a note and the plain.
+"""The self-check: the results of a faster form of a computation compared with those of the plain form.
 
-Every optional saving (CPU kernels, head at chosen positions, frozen layers, fused loss, compiled step) passes `compare`
-before it is used. The caller puts the model into evaluation mode, for dropout would differ between the two.
+The plain form is the one that MLX and mlx-lm have. Every saving (CPU kernels, head at chosen positions, frozen layers,
+fused loss, compiled step) passes `compare` on the first rows before it is used; otherwise the plain form is used, and a
+note says why. The caller puts the model into evaluation mode, for dropout would differ between the two.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def notes_of(checks: Sequence[Check]) -> tuple[str, ...]:
 
 
 def compare(model: nn.Module, name: str, plain: Callable[[], Results], fast: Callable[[], Results]) -> Check:
-    """Compare what the fast way gives with what the plain way gives on the same tokens.
+    """Compare the results of the fast form with those of the plain form on the same tokens.
 
-    Whatever the fast way raises is a reason too: it may meet models that nobody has tried it on.
+    Any exception of the fast form is a reason too: users bring models that it was never tried on.
     """
     wanted = _evaluated(plain())
     try:

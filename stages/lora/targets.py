@@ -18,7 +18,7 @@ ALL_LINEAR = "all-linear"
 
 
 def layer_indices(count: int, layers: int | str | Sequence[int]) -> tuple[int, ...]:
-    """Of a model of `count` layers the last N, "all", or the listed ones, in order.
+    """The indices of the chosen layers of `count`, in order: the last N, "all", or the listed ones.
 
     Raises:
         ValueError: the model has fewer layers.

@@ -1,3 +1,3 @@
-"""A model with an adapter → one model, and how far the two lie apart."""
+"""A model with an adapter → one model, and the distance between the predictions of the two."""
 
 import stages.model  # noqa: F401  the BLAS comes before MLX

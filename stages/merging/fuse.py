@@ -1,4 +1,4 @@
-"""The adapter folded into the base's weights, and the check that nothing was lost on the way.
+"""The adapter folded into the base's weights.
 
 W' = W + scale · (A B)ᵀ, for DoRA with each row brought to the norm m, formed in float32 and rounded once, to the type
 that is saved.

@@ -1,1 +1,1 @@
-"""What passes from prepare to tokenize: rows of data/prepared, and the count of what became of each."""
+"""Rows of data/prepared, which pass from prepare to tokenize, and the ledger that counts them."""

@@ -1,4 +1,4 @@
-"""What became of every row: per split, rows in = rows used + rows dropped, by reason."""
+"""The ledger of rows: per split, rows in = rows used + rows dropped, by reason."""
 
 from __future__ import annotations
 

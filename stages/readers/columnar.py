@@ -107,7 +107,7 @@ def _rows(path: Path, batches: Iterator[Any], advance: Advance, row_bytes: float
 
 
 def _broken() -> tuple[type[Exception], ...]:
-    """What pyarrow raises on files that are damaged or hold what Python cannot."""
+    """The exceptions that pyarrow raises on files that are damaged or hold what Python cannot."""
     import pyarrow as pa
 
     return (pa.ArrowException, OSError, ValueError, OverflowError, NotImplementedError)

@@ -79,8 +79,8 @@ def _records(path: Path, advance: Advance, delimiter: str) -> Iterator[tuple[str
         try:
             record = next(records, None)
         except csv.Error as error:
-            mend = "quote the cell, and double the quotes inside it"
-            yield place, [], BadRow(place, f"not valid CSV ({error}); {mend}")
+            hint = "quote the cell, and double the quotes inside it"
+            yield place, [], BadRow(place, f"not valid CSV ({error}); {hint}")
             continue
         except _UndecodableError as error:
             yield place, [], error.row
@@ -91,7 +91,7 @@ def _records(path: Path, advance: Advance, delimiter: str) -> Iterator[tuple[str
 
 
 def _blank_before_quote(lines: list[str], record: list[str], delimiter: str) -> str | None:
-    """What is wrong if a quote of the record follows a blank, and so is taken for a part of the cell.
+    """The reason to refuse a record in which a quote follows a blank, and so counts as part of the cell; or None.
 
     A cell that is quoted as a whole may begin with a blank and a quote: read with blanks passed over, it stays.
     """

@@ -1,5 +1,6 @@
-"""A data set of the Hugging Face Hub → raw rows, through the optional `datasets` library. The one place that may use
-the network, and only when `prepare.dataset` names a data set that is not in its cache yet.
+"""A data set of the Hugging Face Hub → raw rows, through the optional `datasets` library.
+
+It asks the network only for a data set that is not in the library's cache yet.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class _Array:
                     break
                 if mark != ",":
                     found = repr(mark) if mark else "the file's end"
-                    yield BadRow(self._place(), f"not valid JSON ({found} where , or ] must be); mend the array")
+                    yield BadRow(self._place(), f"not valid JSON ({found} where , or ] must be); correct the array")
                     return
                 self._next_mark()
         if mark := self._next_mark():

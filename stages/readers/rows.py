@@ -34,7 +34,7 @@ class RawRow:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """What stands where a row should: its place, what is wrong and how to mend it."""
+    """A row that cannot be read: its place, and the reason with what to do."""
 
     place: str
     reason: str
@@ -47,7 +47,7 @@ def strict(rows: Iterable[RawRow | BadRow]) -> Iterator[RawRow]:
     """The rows, as long as they are good.
 
     Raises:
-        ValueError: at the first bad one, `file:line: what; how to mend`.
+        ValueError: at the first bad one, `file:line: what; what to do`.
     """
     for row in rows:
         if isinstance(row, BadRow):
@@ -104,14 +104,14 @@ def read_lines(path: Path, advance: Advance = nothing) -> Iterator[tuple[int, st
 
 
 def not_utf8(line: bytes, position: int) -> str:
-    """What is wrong with a line whose byte at `position` does not belong to UTF-8 text."""
+    """The reason to refuse a line whose byte at `position` does not belong to UTF-8 text."""
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "this is UTF-16 (byte 1); save the file as UTF-8"
     return f"byte {position + 1} (0x{line[position]:02x}) is not UTF-8; save the file as UTF-8"
 
 
 def broken_stream(error: OSError) -> str:
-    """What is wrong with a compressed file that cannot be read to its end."""
+    """The reason to refuse a compressed file that cannot be read to its end."""
     return f"the compressed stream is broken here ({error}); copy or download the file anew"
 
 

@@ -23,7 +23,7 @@ class Prompt:
 
 
 class Prompts:
-    """What makes prompts: the tokenizer, and of params.yaml what training rows were rendered by."""
+    """Makes prompts with the tokenizer and the parameters that training rows were rendered by."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Prompts:
         return Prompt(text, self._tokenizer.prompt_ids(hidden, rendered=False, hidden=hidden != text))
 
     def _hides(self, value: Any) -> bool:
-        """Whether control tokens in these strings are to be text.
+        """True if control tokens in these strings are to be text.
 
         Raises:
             ValueError: there are some, and params.yaml makes that an error.

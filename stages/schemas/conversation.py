@@ -145,7 +145,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def _thoughts(fields: Mapping[str, Any], where: str) -> str:
-    """What the assistant thinks before it answers; "" if nothing."""
+    """The assistant's thoughts before it answers; "" if there are none."""
     name = next((name for name in _THOUGHTS if name in fields), None)
     if name is None:
         return ""

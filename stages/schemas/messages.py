@@ -1,5 +1,6 @@
-"""A row of a conversation, or of a question with its answer → messages, with what stands beside them: `system`,
-`history` (LLaMA-Factory's earlier rounds) and `tools`.
+"""A conversation, or a question with its answer → messages, together with the row's other columns for them.
+
+These are `system`, `tools`, and `history` (LLaMA-Factory's earlier rounds).
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _with_system(row: Fields, messages: list[Message]) -> list[Message]:
 def _history(row: Fields) -> list[Message]:
     rounds = parsed(row["history"], "history") if holds(row.get("history")) else []
     if not isinstance(rounds, list) or not all(_is_round(pair) for pair in rounds):
-        raise ValueError("'history' must be a list of [question, answer] pairs; mend the row")
+        raise ValueError("'history' must be a list of [question, answer] pairs; correct the row")
     if any(is_blank(text) for pair in rounds for text in pair):
         raise EmptyError("'history' has an empty turn", "history")
     return [

@@ -71,7 +71,7 @@ def resolve_pair(row: dict[str, Any], preferences: Preferences, decided: Collect
         )
     name = next((name for name in held if name in _CHOSEN), None)
     if name is None:
-        raise ValueError(f"has {listed(held)}, but no chosen answer; mend the row")
+        raise ValueError(f"has {listed(held)}, but no chosen answer; correct the row")
     rest = {key: value for key, value in row.items() if key not in _CHOSEN and key not in _REJECTED}
     if name == "preferred_output" and isinstance(rest.get("input"), Mapping):
         rest |= rest.pop("input")  # OpenAI's: the messages and tools before the answer
@@ -99,5 +99,5 @@ def _only_text(turns: list[Any], name: str) -> str:
     turn = turns[0] if len(turns) == 1 and isinstance(turns[0], Mapping) else {}
     column = next((column for column in ("content", "value") if column in turn), None)
     if column is None:
-        raise ValueError(f"{name!r} must be one answer of text beside a question; mend the row")
+        raise ValueError(f"{name!r} must be one answer of text beside a question; correct the row")
     return text_of(turn, column)

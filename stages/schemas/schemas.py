@@ -123,8 +123,8 @@ class Schemas:
         if not schema.fits(fields):
             for other in self._schemas:
                 if other.fits(fields):
-                    mend = "part them into two files"
-                    raise ValueError(f"mixed schemas: this row is {other.name}, the first one {schema.name}; {mend}")
+                    hint = "part them into two files"
+                    raise ValueError(f"mixed schemas: this row is {other.name}, the first one {schema.name}; {hint}")
         reading = schema.read(fields)
         if refuse_media(fields, self._named):
             refuse_marks(reading.content)
@@ -134,7 +134,7 @@ class Schemas:
         return Reading(reading.content, (*columns, *reading.unread))
 
     def asked(self, fields: Fields) -> Content:
-        """What a row of prompts asks: `prompt` (the text to continue) or `messages`.
+        """The question of a row of prompts, as `prompt` (the text to continue) or `messages`.
 
         Raises:
             ValueError: it has no column to ask with, or holds more than text.

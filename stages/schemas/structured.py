@@ -102,5 +102,5 @@ def _with_object(function: Mapping[str, Any], key: str, where: str) -> dict[str,
     if value is None:
         return dict(function)
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: {key!r} must be an object, not {type(value).__name__}; mend the call")
+        raise ValueError(f"{where}: {key!r} must be an object, not {type(value).__name__}; correct the call")
     return {**function, key: value}

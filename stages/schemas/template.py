@@ -42,7 +42,7 @@ class Template:
         return self._render(self._prompt, row)
 
     def completion(self, row: Mapping[str, Any]) -> str:
-        """What the model is to learn to produce."""
+        """The last column and all that follows: the model learns to produce it."""
         return self._render(self._completion, row)
 
     def _render(self, parts: list[tuple[str, str | None]], row: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Text in a row's columns, and what it is to hold none."""
+"""Text in a row's columns, and the test for columns that hold none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DroppedError(ValueError):
 
 
 class EmptyError(DroppedError):
-    """What should hold the row's text holds none; `column` is where, if that is a column."""
+    """The row has no text where it should have some: in `column`, if that is a column."""
 
     def __init__(self, message: str, column: str | None = None) -> None:
         super().__init__(message)

@@ -75,7 +75,7 @@ def _explaining_hub(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: the Hub wants you to accept its licence first, then: hf auth login") from None
     except RevisionNotFoundError:
         raise ValueError(
-            f"{name}: the Hub has no such revision; mend model.revision, "
+            f"{name}: the Hub has no such revision; correct model.revision, "
             "or take what the Hub has now with: python -m stages.fetch --refresh"
         ) from None
     except RepositoryNotFoundError:
@@ -93,7 +93,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _is_whole(directory: Path, *, with_code: bool) -> bool:
-    """Whether a snapshot has its config and all weights, and its small files are undamaged; damaged ones are deleted.
+    """True if a snapshot has its config and all weights, and its small files are undamaged; damaged ones are deleted.
 
     The Hub's cache names each blob by its ETag, for a small file the sha1 of the git blob.
     """

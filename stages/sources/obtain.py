@@ -1,4 +1,4 @@
-"""Where base models come from: the built-in alias, the Hugging Face Hub, a local directory.
+"""The sources of base models: the built-in alias, the Hugging Face Hub, a local directory.
 
 `obtain(model)` answers with a complete folder on this machine. It asks the network only for what this machine lacks.
 What base.json pins, as long as params.yaml asks for the same, stays what it is, though a branch of the Hub moved.
@@ -20,7 +20,7 @@ from stages.sources.package import PACKAGES, from_package
 
 @dataclass(frozen=True)
 class Source:
-    """What `model.source` is: its name in base.json, and the folder of a local directory."""
+    """A source that `model.source` names: its name in base.json, and the folder of a local directory."""
 
     name: str
     directory: Path | None = None
@@ -60,7 +60,7 @@ def _directory(source: str) -> Path | None:
 
 
 def is_pin(manifest: Manifest, model: Model, source: Source) -> bool:
-    """Whether base.json answers what params.yaml asks for now."""
+    """True if base.json is of the model that params.yaml asks for now."""
     if manifest.source != source.name:
         return False
     if source.name in PACKAGES:

@@ -76,7 +76,7 @@ def _download(package: Package, scratch: Path) -> Path:
     if done.returncode:
         if "No module named pip" in done.stderr:
             raise ValueError(
-                f"{package.requirement} comes by way of pip, which this Python lacks; mend it with: "
+                f"{package.requirement} comes by way of pip, which this Python lacks; install it with: "
                 "python -m ensurepip (or: uv pip install pip)"
             )
         complaints = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]

@@ -18,6 +18,8 @@ from stages.tokens.row import TokenRow
 
 # MLX allocates up to ten operations ahead of the one that it computes.
 _CHUNK_COPIES = 13
+# Arrays an optimizer keeps of each weight: two at most.
+_MOMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,6 @@ def estimate(
     batch_tokens: int | None,
     grad_checkpoint: bool,
     fused_loss: bool,
-    moments: int = 2,
 ) -> Estimate:
     """Estimate what a run needs, for a model with its adapter attached.
 
@@ -78,7 +79,7 @@ def estimate(
     kept = one_layer * (1 if grad_checkpoint else len(layers)) + tokens * _hidden_size(model) * item * len(layers)
     return Estimate(
         weights=weights,
-        adapter=adapter_bytes * (2 + moments),
+        adapter=adapter_bytes * (2 + _MOMENTS),
         activations=kept,
         head=head,
         available=available_memory(),
@@ -98,18 +99,18 @@ def advice(needed: Estimate, *, batch_size: int | None, batch_tokens: int | None
         )
     if needed.total <= needed.available:
         return None
-    ways = []
+    remedies = []
     if batch_tokens is not None:
-        ways.append(f"train.batch_tokens below {batch_tokens} with train.grad_accumulation above 1")
+        remedies.append(f"train.batch_tokens below {batch_tokens} with train.grad_accumulation above 1")
     elif batch_size is not None and batch_size > 1:
-        ways.append(f"train.batch_size below {batch_size} with train.grad_accumulation above 1")
+        remedies.append(f"train.batch_size below {batch_size} with train.grad_accumulation above 1")
     if not grad_checkpoint:
-        ways.append("train.grad_checkpoint: true")
-    ways += ["a smaller tokenize.max_length", "fewer lora.layers"]
+        remedies.append("train.grad_checkpoint: true")
+    remedies += ["a smaller tokenize.max_length", "fewer lora.layers"]
     return (
         f"training may need {_gib(needed.total)} (weights {_gib(needed.weights)}, activations "
         f"{_gib(needed.activations)}, head {_gib(needed.head)}), this machine has {_gib(needed.available)}; "
-        f"what helps: {', '.join(ways)}"
+        f"what helps: {', '.join(remedies)}"
     )
 
 

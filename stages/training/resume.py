@@ -1,4 +1,4 @@
-"""A training run that survives: taken up from its checkpoint, saved as it goes, left in order when told to stop.
+"""A training run that can be interrupted: it starts from its last checkpoint, and saves one before it stops.
 
 On several ranks, rank 0 holds the lock and the checkpoints, and all stop after the same update when one is told to.
 What the user should know goes to `tell`, a function of one line.

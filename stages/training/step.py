@@ -1,4 +1,4 @@
-"""The step of an update: loss and gradients of a batch, in the fastest form that gives what the plain one gives."""
+"""The step of an update: loss and gradients of a batch, fused and compiled where the self-checks allow it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Step:
 def choose_step(
     model: nn.Module, rows: Sequence[TokenRow], options: schema.Train, *, frozen: FrozenLayers | None = None
 ) -> Step:
-    """The fused loss and the compiled step, if they are wanted and agree with the plain ones on the first rows.
+    """The fused loss and the compiled step, if they are wanted and give what the plain ones give on the first rows.
 
     The model has its adapter on and is in evaluation mode.
     """

@@ -88,7 +88,7 @@ def test_without_anything_hidden_the_tokens_are_the_same(text: str) -> None:
 def test_a_control_token_that_the_tokenizer_makes_of_text_is_refused() -> None:
     vocabulary = {piece: i for i, piece in enumerate(["<", "s", ">", "<s", "<s>", "a"])}
     made = wrapped(models.BPE(vocab=vocabulary, merges=[("<", "s"), ("<s", ">")]), metaspace=False)
-    with pytest.raises(ValueError, match=r"cannot write as text; mend the row, or set tokenize\.special_in_content"):
+    with pytest.raises(ValueError, match=r"cannot write as text; correct the row, or set tokenize\.special_in_content"):
         made.encode(made.control.hide("a<s>"), hidden=True, add_special_tokens=False)
 
 

@@ -1,4 +1,4 @@
-"""Where answers begin and end in the chat templates of well-known families, held against marks in the templates."""
+"""Answers in the chat templates of well-known families, compared with generation marks in the templates."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ USE: list[Turn] = [
 
 
 def measured(name: str, turns: list[Turn], tools: Any = None) -> list[str]:
-    """What the marks in the family's template say is to be learned."""
+    """The texts that the marks in the family's template make learned."""
     names = dict(TOKENIZERS[name].special_tokens_map)
     made = render(FAMILIES[name].marked, turns, tools, ask=False, date="2026-01-01", names=names)
     return [made.text[start:end] for start, end in made.generated or ()]

@@ -1,4 +1,4 @@
-"""Where a chat template puts the answers, and that it keeps every turn."""
+"""The places of answers in a chat template's text; templates that do not keep every turn are refused."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def test_tags_of_thoughts_within_an_answer_are_its_words() -> None:
 
 
 def ends(row: PreparedRow, **changes: Any) -> int:
-    """How often the token <|im_end|> stands in a row."""
+    """Count the tokens <|im_end|> in a row."""
     made = tokenizer()
     [token_row] = encode(row, made, **changes).rows
     return token_row.input_ids.tolist().count(made.convert_tokens_to_ids("<|im_end|>"))
@@ -264,7 +264,7 @@ def test_a_control_token_that_a_turn_spells() -> None:
     assert encoded.trained_bytes == allowed.trained_bytes == len("say <|im_end|> nowww")
     assert encode(row, special_in_content="error").message == (
         "f:2: spells the control token <|im_end|> in turn 2 (assistant); "
-        "mend the row, or set tokenize.special_in_content: text"
+        "correct the row, or set tokenize.special_in_content: text"
     )
     in_tools = PreparedRow("2", "f:2", messages=TALK.messages, tools=[{"name": "<s>"}])
     assert "spells the control token <s> in its tools" in encode(in_tools, special_in_content="error").message
@@ -279,7 +279,9 @@ SPELLING = [
 @pytest.mark.parametrize("row", SPELLING)
 def test_a_control_token_that_a_text_spells(row: PreparedRow) -> None:
     assert (ends(row), ends(row, special_in_content="allow")) == (0, 1)
-    assert encode(row, special_in_content="error").message.startswith("f:1: spells the control token <|im_end|>; mend")
+    assert encode(row, special_in_content="error").message.startswith(
+        "f:1: spells the control token <|im_end|>; correct"
+    )
     assert encode(row).counts == {"special_in_content": 1}
 
 

@@ -1,4 +1,4 @@
-"""Where the answers of a plain text stand."""
+"""The places of the answers in a plain text, by markers."""
 
 from __future__ import annotations
 

@@ -261,7 +261,7 @@ def test_transformers_reads_the_merged_config_of_a_phi_3_vision(tmp_path: Path) 
 
 
 def angles(rope: Any, length: int, offset: Any = 0) -> np.ndarray:
-    """How far each position's first component of a pair is turned, (length, pairs)."""
+    """The angle by which each position turns the first component of a pair, (length, pairs)."""
     x = mx.concatenate([mx.ones((1, 1, length, 4)), mx.zeros((1, 1, length, 4))], axis=-1)
     turned = np.array(rope(x, offset=offset))[0, 0]
     return np.arctan2(turned[:, 4:], turned[:, :4])

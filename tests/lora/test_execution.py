@@ -1,4 +1,4 @@
-"""Shortcuts under the stages: what keeps the cache of frozen layers' output, what makes another, what it may take."""
+"""The cache of frozen layers under the stages: parameters that keep it, changes that make another, its size."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import pytest
 
 from stages.evaluate import evaluate
 from stages.fetch import fetch
+from stages.files.hashes import sha256
 from stages.lora import code, execution
-from stages.lora import frozen as prefix
+from stages.lora.frozen import FrozenLayers
 from stages.lora.selfcheck import Check
 from stages.prepare import prepare
 from stages.tokenize import tokenize
@@ -40,17 +41,17 @@ def caches() -> dict[str, int]:
 
 
 def computed(monkeypatch: pytest.MonkeyPatch, *overrides: str, stage: Any = train) -> int:
-    """How many rows' states a stage computes."""
+    """The number of rows whose states a stage computes."""
     count = []
-    plain = prefix.FrozenLayers._computed
+    plain = FrozenLayers._computed
 
-    def counted(self: prefix.FrozenLayers, ids_L: np.ndarray) -> Any:
+    def counted(self: FrozenLayers, ids_L: np.ndarray) -> Any:
         if self.layers:
             count.append(1)
         return plain(self, ids_L)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prefix.FrozenLayers, "_computed", counted)
+        patch.setattr(FrozenLayers, "_computed", counted)
         stage(overrides=["train.epochs=2", "train.iters=null", *overrides])
     return len(count)
 
@@ -94,15 +95,16 @@ def test_whatever_shapes_the_states_makes_another_cache(
     with monkeypatch.context() as patch:
         patch.setattr(code, "installed_version", lambda name: "another")
         assert computed(patch) == everything
-    with monkeypatch.context() as patch:
-        patch.setattr(code, "sha256", lambda path: "other code")
-        assert computed(patch) == everything
+    for changed in ("frozen.py", "patches.py", "load.py"):
+        with monkeypatch.context() as patch:
+            patch.setattr(code, "sha256", lambda path, name=changed: name if path.name == name else sha256(path))
+            assert computed(patch) == everything
     other = write_llama(tmp_path / "other", seed=5)
     Path("params.yaml").write_text(small_params(source=str(other)), encoding="utf-8")
     fetch()
     tokenize()
     assert computed(monkeypatch) == everything
-    assert len(caches()) == 7
+    assert len(caches()) == 9
 
 
 def test_what_is_skipped_takes_no_memory(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +173,7 @@ def test_what_earlier_rows_left_makes_room(tokens: Path) -> None:
     assert 0 < next(iter(caches().values())) <= 1.2 * size
 
 
-def test_damage_is_told_and_mended(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage_is_told_and_repaired(tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train()
     before = ADAPTER.read_bytes()
     (file,) = Path("artifacts/cache").glob("*/states.bin")
@@ -192,8 +194,8 @@ def test_states_of_another_model_make_way(tokens: Path, monkeypatch: pytest.Monk
     (name,) = caches()
     shutil.rmtree(f"artifacts/cache/{name}")
     with monkeypatch.context() as patch:
-        plain = prefix.FrozenLayers._computed
-        patch.setattr(prefix.FrozenLayers, "_computed", lambda self, ids_L: 1.5 * plain(self, ids_L))
+        plain = FrozenLayers._computed
+        patch.setattr(FrozenLayers, "_computed", lambda self, ids_L: 1.5 * plain(self, ids_L))
         patch.setattr(execution, "check_frozen", lambda frozen, rows: Check("model.cache_frozen"))
         train()
     assert ADAPTER.read_bytes() != before
@@ -207,8 +209,8 @@ def test_a_model_that_cannot_be_cut_is_trained_whole(
 ) -> None:
     train(overrides=["model.cache_frozen=off"])
     loss = json.loads(Path("artifacts/metrics/train.json").read_text(encoding="utf-8"))["valid_loss"]
-    plain = prefix.FrozenLayers._computed
-    monkeypatch.setattr(prefix.FrozenLayers, "_computed", lambda self, ids_L: 1.5 * plain(self, ids_L))
+    plain = FrozenLayers._computed
+    monkeypatch.setattr(FrozenLayers, "_computed", lambda self, ids_L: 1.5 * plain(self, ids_L))
     train()
     assert re.search(r"model\.cache_frozen is not used: \d.*% off in the logits", capsys.readouterr().out)
     assert json.loads(Path("artifacts/metrics/train.json").read_text(encoding="utf-8"))["valid_loss"] == loss

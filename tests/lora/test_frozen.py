@@ -1,4 +1,4 @@
-"""The frozen prefix: fed in, it changes neither loss nor gradients; where a model cannot be cut, that is noticed."""
+"""Frozen layers: their states, fed in, change neither loss nor gradients; a model that cannot be cut is noticed."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return request.param, write_model(folder, request.param, num_hidden_layers=4)
 
 
-def loss_and_gradients(model: Any, rows: list[TokenRow], prefix: FrozenLayers | None) -> tuple[float, Any]:
-    loss, gradients = nn.value_and_grad(model, sum_loss)(model, collate(rows, prefix))
+def loss_and_gradients(model: Any, rows: list[TokenRow], frozen: FrozenLayers | None) -> tuple[float, Any]:
+    loss, gradients = nn.value_and_grad(model, sum_loss)(model, collate(rows, frozen))
     return loss.item(), {name: np.array(gradient) for name, gradient in tree_flatten(gradients)}
 
 
@@ -57,12 +57,12 @@ def test_loss_and_gradients_are_those_of_the_whole_model(
 ) -> None:
     model, layers = attached(base[1], base[0], kind)
     assert layers == 2
-    prefix = FrozenLayers(model, layers, StateCache(tmp_path))
-    assert check_frozen(prefix, rows).passed
+    frozen = FrozenLayers(model, layers, StateCache(tmp_path))
+    assert check_frozen(frozen, rows).passed
     model.train()
     plain_loss, plain = loss_and_gradients(model, rows[2:7], None)
     for _ in ("computed", "read"):
-        loss, gradients = loss_and_gradients(model, rows[2:7], prefix)
+        loss, gradients = loss_and_gradients(model, rows[2:7], frozen)
         assert loss == pytest.approx(plain_loss, rel=1e-5)
         assert set(gradients) == set(plain)
         for name in plain:
@@ -76,18 +76,18 @@ def test_a_packed_base_is_cut_too(name: str, rows: list[TokenRow], tmp_path: Pat
     directory = write_model(tmp_path / "base", name, quantize=True, dtype="float16", num_hidden_layers=4)
     dtype = "float32" if name == "mixtral" else "bfloat16"
     model, layers = attached(directory, name, dtype=dtype, dequantize=False)
-    prefix = FrozenLayers(model, layers, StateCache(tmp_path / "cache"))
-    assert check_frozen(prefix, rows).passed
-    computed = prefix.states(rows).hidden_BxLxD
+    frozen = FrozenLayers(model, layers, StateCache(tmp_path / "cache"))
+    assert check_frozen(frozen, rows).passed
+    computed = frozen.states(rows).hidden_BxLxD
     assert computed.dtype == getattr(mx, dtype)
-    assert mx.array_equal(prefix.states(rows).hidden_BxLxD, computed).item()
+    assert mx.array_equal(frozen.states(rows).hidden_BxLxD, computed).item()
 
 
 def test_rows_of_both_kinds_of_positions_are_not_cut(rows: list[TokenRow], tmp_path: Path) -> None:
-    prefix = FrozenLayers(*attached(write_model(tmp_path, "phi3_v", num_hidden_layers=4), "phi3_v"))
+    frozen = FrozenLayers(*attached(write_model(tmp_path, "phi3_v", num_hidden_layers=4), "phi3_v"))
     assert [len(row.input_ids) - 1 for row in rows[8:10]] == [29, 32]  # the original context has 32
-    assert prefix.unfit(rows[:10]) is None
-    assert "over 32 tokens" in (prefix.unfit(rows) or "")
+    assert frozen.unfit(rows[:10]) is None
+    assert "over 32 tokens" in (frozen.unfit(rows) or "")
 
 
 def test_the_frozen_layers_do_not_run_again(model: Any, rows: list[TokenRow], tmp_path: Path) -> None:
@@ -99,18 +99,18 @@ def test_the_frozen_layers_do_not_run_again(model: Any, rows: list[TokenRow], tm
             return super().__call__(*args, **kwargs)
 
     model.layers[0].__class__ = Counted
-    prefix = FrozenLayers(model, 1, StateCache(tmp_path))
-    collate(rows, prefix)
+    frozen = FrozenLayers(model, 1, StateCache(tmp_path))
+    collate(rows, frozen)
     assert len(calls) == len(rows)
-    sum_loss(model, collate(rows, prefix))
+    sum_loss(model, collate(rows, frozen))
     FrozenLayers(model, 1, StateCache(tmp_path)).states(rows)  # another process
     assert len(calls) == len(rows)
 
 
 def test_a_row_has_the_same_states_in_any_company(model: Any, rows: list[TokenRow]) -> None:
-    prefix = FrozenLayers(model, 1)
-    alone = prefix.states(rows[3:4]).hidden_BxLxD[0]
-    among = prefix.states(rows).hidden_BxLxD[3]
+    frozen = FrozenLayers(model, 1)
+    alone = frozen.states(rows[3:4]).hidden_BxLxD[0]
+    among = frozen.states(rows).hidden_BxLxD[3]
     assert mx.array_equal(among[: len(alone)], alone).item()
     assert (among[len(alone) :] == alone[-1]).all().item()
 
@@ -130,8 +130,8 @@ def test_a_run_ends_where_the_plain_one_does(
     for cut in (False, True):
         model = load_base(tiny_llama, dtype="float32")[0]
         adapter.attach(model, adapters.configure(model, layers=2, dropout=0.2), seed=0)
-        prefix = FrozenLayers(model, 1, StateCache(tmp_path)) if cut else None
-        trainer = make_trainer(model, rows, rows[:3], frozen=prefix, iters=8, grad_checkpoint=grad_checkpoint)
+        frozen = FrozenLayers(model, 1, StateCache(tmp_path)) if cut else None
+        trainer = make_trainer(model, rows, rows[:3], frozen=frozen, iters=8, grad_checkpoint=grad_checkpoint)
         list(trainer.run())
         weights.append({name: np.array(array) for name, array in adapter.weights(model).items()})
     for name, plain in weights[0].items():
@@ -139,10 +139,10 @@ def test_a_run_ends_where_the_plain_one_does(
 
 
 def test_states_of_another_model_are_noticed(model: Any, rows: list[TokenRow], tmp_path: Path) -> None:
-    prefix = FrozenLayers(model, 1, StateCache(tmp_path))
-    prefix.states(rows)
+    frozen = FrozenLayers(model, 1, StateCache(tmp_path))
+    frozen.states(rows)
     model.layers[0].self_attn.o_proj.weight *= 2
-    assert "off in the logits" in (check_frozen(prefix, rows).reason or "")
+    assert "off in the logits" in (check_frozen(frozen, rows).reason or "")
 
 
 def test_a_model_whose_layers_look_further_back_is_noticed(model: Any, rows: list[TokenRow]) -> None:
@@ -191,8 +191,8 @@ def test_a_model_that_hides_its_layers_is_noticed(model: Any, rows: list[TokenRo
 
 
 def test_the_model_is_whole_again_after_an_error(model: Any, rows: list[TokenRow]) -> None:
-    before, prefix = list(model.layers), FrozenLayers(model, 1)
-    batch = collate(rows, prefix)
+    before, frozen = list(model.layers), FrozenLayers(model, 1)
+    batch = collate(rows, frozen)
     model.layers[2].mlp = None
     with pytest.raises(TypeError):
         sum_loss(model, batch)

@@ -1,4 +1,4 @@
-"""Which BLAS serves MLX: each case in a process of its own, for a library that is loaded stays loaded."""
+"""The BLAS under MLX: each case in a process of its own, for a library that is loaded stays loaded."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ BAD: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", GOOD + "null\n", "{}:2: must be an object such as"),
     ("a.jsonl", GOOD + "[" * 100_000 + "\n", "{}:2: not valid JSON (nested too deep)"),
     ("a.jsonl", GOOD + '{"n": ' + "9" * 5000 + "}\n", "{}:2: not valid JSON (a number too long)"),
-    ("a.jsonl", GOOD + '{"question": "q"}\n', "{}:2: has no 'answer' (it has: question); mend the row"),
+    ("a.jsonl", GOOD + '{"question": "q"}\n', "{}:2: has no 'answer' (it has: question); correct the row"),
     ("a.jsonl", GOOD + '{"question": "q", "answer": 3}\n', "{}:2: 'answer' must be text, not int"),
     ("a.jsonl", GOOD + '{"question": null, "answer": "a"}\n', "{}:2: 'question' must be text, not null"),
     ("a.jsonl", GOOD + '{"question": "q", "answer": ["a"]}\n', "{}:2: 'answer' must be text, not list"),
@@ -88,8 +88,8 @@ BAD: list[tuple[str, str | bytes, str]] = [
     ("a.csv.gz", gzip.compress(b"question,answer\nq,a\n")[:-9], ":1: the compressed stream is broken here"),
     # JSON arrays
     ("a.json", "[]", "{}:1: holds no rows; add some"),
-    ("a.json", f"[{GOOD}", "{}:2: not valid JSON (the file's end where , or ] must be); mend the array"),
-    ("a.json", f"[{GOOD}{GOOD}]", "{}:2: not valid JSON ('{' where , or ] must be); mend the array"),
+    ("a.json", f"[{GOOD}", "{}:2: not valid JSON (the file's end where , or ] must be); correct the array"),
+    ("a.json", f"[{GOOD}{GOOD}]", "{}:2: not valid JSON ('{' where , or ] must be); correct the array"),
     ("a.json", f"[{GOOD}, 3]", "{}:2: must be an object such as"),
     ("a.json", f"[{GOOD}]\n]", "{}:3: ']' after the array's end; a file holds one array"),
     ("a.json", f"[{GOOD},\n{{'question'}}]", "{}:3: not valid JSON"),
@@ -147,7 +147,7 @@ BAD: list[tuple[str, str | bytes, str]] = [
         "{}:1: turn 2 (assistant): 'tool_calls', call 1 must be an obj",
     ),
     ("a.jsonl", chat(USER, call("{'a': 1}")), "call 1: 'arguments' is text, but not JSON; it must be an object"),
-    ("a.jsonl", chat(USER, call("[1]")), "call 1: 'arguments' must be an object, not list; mend the call"),
+    ("a.jsonl", chat(USER, call("[1]")), "call 1: 'arguments' must be an object, not list; correct the call"),
     (
         "a.jsonl",
         chat(USER, call('{"a": 1, "a": 2}')),
@@ -232,7 +232,7 @@ def test_bad_input_gets_one_line_and_nothing_is_written(
     message = str(raised.value)
     assert line.replace("{}", name, 1) in message
     assert "\n" not in message
-    assert ";" in message or " must " in message  # how to mend
+    assert ";" in message or " must " in message  # what to do
     assert {file for file in folder.rglob("*") if file.is_file()} == before
 
 
@@ -267,7 +267,7 @@ EMPTY: list[tuple[list[str], str]] = [
     ),
     (
         [*ALL_TO_TRAIN, "prepare.max_chars=3"],
-        "the train split got none of the 0 rows: all 1 were dropped (1 too_long); mend the rows, or the parameters",
+        "the train split got none of the 0 rows: all 1 were dropped (1 too_long); correct the rows, or the parameters",
     ),
     (
         [*ALL_TO_TRAIN, "prepare.on_bad_row=skip", "prepare.columns={text: body}"],

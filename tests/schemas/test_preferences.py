@@ -83,7 +83,7 @@ def test_a_pair_that_the_parameters_part_is_no_pair() -> None:
 @pytest.mark.parametrize(
     ("row", "line"),
     [
-        ({"prompt": "q", "rejected": "bad"}, "has rejected, but no chosen answer; mend the row"),
+        ({"prompt": "q", "rejected": "bad"}, "has rejected, but no chosen answer; correct the row"),
         ({"question": "q", "chosen": [ANSWERED, ASKED]}, "'chosen' must be one answer of text beside a question"),
     ],
 )

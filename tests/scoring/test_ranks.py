@@ -294,7 +294,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def launched(machines: tuple[Path, Path]) -> tuple[str, dict[str, Any], dict[str, str]]:
-    """What two processes of the launcher on one machine say, and end in."""
+    """The output and the results of two processes of the launcher on one machine."""
     folder = machines[0]
     (port,) = free_ports(1)
     launcher = Path(sys.executable).with_name("mlx.launch")

@@ -55,7 +55,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def python(folder: Path, *arguments: str, status: int = 0) -> str:
-    """What `python -m …` prints; it must end with this status."""
+    """The output of `python -m …`, which must end with this status."""
     done = subprocess.run(
         [sys.executable, "-m", *arguments], cwd=folder, env=environment(folder), capture_output=True, text=True
     )
@@ -64,7 +64,7 @@ def python(folder: Path, *arguments: str, status: int = 0) -> str:
 
 
 def dvc(folder: Path, *arguments: str, status: int = 0) -> str:
-    """What a DVC command prints, errors and warnings with it."""
+    """The output of a DVC command, errors and warnings with it."""
     return python(folder, "dvc", *arguments, status=status)
 
 

@@ -143,7 +143,7 @@ class FakeHub:
 
 
 def is_large(name: str) -> bool:
-    """Whether a file is kept as the Hub keeps weights, outside git."""
+    """True if a file is kept as the Hub keeps weights, outside git."""
     return name.endswith((".safetensors", ".bin"))
 
 

@@ -74,5 +74,5 @@ def chat_template(template: str | None, *, date: str = "2026-01-01", family: Fam
 
 
 def said(conversation: Conversation) -> list[str]:
-    """What is learned of each answer."""
+    """The text that is learned of each answer."""
     return ["".join(conversation.text[s.start : s.end] for s in answer.spans) for answer in conversation.answers]

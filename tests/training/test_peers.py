@@ -25,7 +25,7 @@ from tests.support.runs import make_trainer
 Arrays = dict[str, np.ndarray]
 
 RATE, BETAS, DECAY, STEPS = 1e-3, (0.9, 0.99), 0.1, 5
-# What these libraries deprecate in each other is theirs to mend.
+# What these libraries deprecate in each other is theirs to correct.
 foreign_warnings = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 

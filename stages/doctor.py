@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from stages.base import store
 from stages.cli import console
+from stages.cli.versions import describe_difference
 from stages.model import blas
 
 GB = 1e9
@@ -43,6 +43,7 @@ def _findings() -> Iterator[tuple[str, str]]:
     yield "memory", f"{_memory() / GB:,.1f} GB"
     here, there = shutil.disk_usage("."), shutil.disk_usage(_existing(store.root()))
     yield "free disk", f"{here.free / GB:,.0f} GB here, {there.free / GB:,.0f} GB at the store"
+    yield "versions", describe_difference() or "as in versions.yaml"
     yield "DVC", f"{_version('dvc')}, {_dvc_state()}"
     yield "git", _git_state()
     yield "store", f"{store.root()}, {_size(store.root()) / GB:,.2f} GB"
@@ -70,10 +71,7 @@ def _memory() -> int:
 
 
 def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    return blas.installed_version(distribution) or "not installed"
 
 
 def _dvc_state() -> str:

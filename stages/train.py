@@ -21,6 +21,7 @@ from stages.params.loading import load_params
 if TYPE_CHECKING:
     from stages.lora.adapter import LoraConfig
     from stages.lora.execution import Execution
+    from stages.training.checkpoint import Checkpoints
     from stages.training.loop import Trainer
     from stages.training.progress import Event
     from stages.training.throughput import Throughput
@@ -97,19 +98,7 @@ def train(
 
     # Run and write
     with resume.lock(checkpoints, ranks, console.say):
-        with interrupts.stop_requests() as requested, console.progress("training", total=trainer.steps) as advance:
-            run = resume.run(
-                trainer,
-                checkpoints,
-                steps_per_save=settings.runtime.steps_per_save,
-                requested=requested,
-                tell=console.say,
-            )
-            try:
-                for event in run:
-                    _report(event, throughput, advance)
-            except resume.StoppedError as stopped:
-                raise typer.Exit(stopped.status) from None
+        _run(trainer, checkpoints, throughput, steps_per_save=settings.runtime.steps_per_save)
         _close(execution)
         if ranks.rank == 0:
             _write(trainer, lora, throughput, out=out, metrics=metrics, plots=plots, timing=timing)
@@ -183,6 +172,19 @@ def _tell_plan(trainer: Trainer, notes: list[str]) -> None:
         console.warn(advice)
     else:
         console.say(f"about {needed.total / 2**30:.1f} of {needed.available / 2**30:.1f} GiB of memory needed")
+
+
+def _run(trainer: Trainer, checkpoints: Checkpoints, throughput: Throughput, *, steps_per_save: int) -> None:
+    """Train to the end, or until somebody asks to stop."""
+    from stages.training import resume
+
+    with interrupts.stop_requests() as requested, console.progress("training", total=trainer.steps) as advance:
+        events = resume.run(trainer, checkpoints, steps_per_save=steps_per_save, requested=requested, tell=console.say)
+        try:
+            for event in events:
+                _report(event, throughput, advance)
+        except resume.StoppedError as stopped:
+            raise typer.Exit(stopped.status) from None
 
 
 def _report(event: Event, throughput: Throughput, advance: Any) -> None:

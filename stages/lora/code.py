@@ -7,12 +7,12 @@ The one list of code: the names of checkpoints and of the frozen layers' cache a
 from __future__ import annotations
 
 import ast
-import importlib.metadata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from stages.files.hashes import sha256
+from stages.model.blas import installed_version
 
 ROOT = Path(__file__).parents[2]
 # The libraries whose versions shape an output. The same names are in versions.yaml, which DVC tracks.
@@ -52,14 +52,6 @@ def fingerprint(*modules: str) -> dict[str, Any]:
         "code": {str(path): sha256(ROOT / path) for path in files},
         "versions": {name: installed_version(name) for name in versions},
     }
-
-
-def installed_version(distribution: str) -> str | None:
-    """The version that is installed here, if any is."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def imported(path: Path, package: str = "", *, types: bool = False) -> set[str]:

@@ -5,27 +5,21 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from stages.base import store
-from stages.files.hashes import digest_of
-from stages.lora import code, kernels, patches
+from stages.lora import patches
 from stages.lora.adapter import frozen_layers
 from stages.lora.batches import collate
 from stages.lora.frozen import FrozenLayers, States, embedded, fed
+from stages.lora.frozen_cache import open_frozen
 from stages.lora.head import backbone_of, head_logits, hidden_at, is_narrowed, logits_at
 from stages.lora.selfcheck import Check, Results, compare, notes_of
-from stages.lora.state_cache import StateCache, evict
-from stages.model import blas
-from stages.model.load import floating_dtype
 from stages.params import schema
 from stages.tokens.row import TokenRow
 
@@ -71,7 +65,7 @@ def set_up(
     checks.append(narrow_head(model, frozen=layers))
     if grad_checkpoint:
         patches.patch_layers(model.layers[layers:])
-    frozen, note = _cut(model, layers, rows, options, base, cache_gb)
+    frozen, note = open_frozen(model, layers, rows, options, base, cache_gb)
     return Execution(frozen, (*notes_of(checks), *([note] if note else [])))
 
 
@@ -162,105 +156,3 @@ def narrow_head(model: nn.Module, *, frozen: int = 0) -> Check:
     if not check.passed:
         patches.unpatch_backbone(model)
     return check
-
-
-# --- Frozen layers ---
-
-
-def _cut(
-    model: nn.Module, layers: int, rows: Sequence[TokenRow], options: schema.Model, base: str, cache_gb: float
-) -> tuple[FrozenLayers | None, str | None]:
-    """The frozen layers, whose output is the same bits kept or computed anew: the disk shapes no result. And a note."""
-    if options.cache_frozen == "off":
-        return None, None
-    if layers == 0:
-        return None, "no layers are frozen: the adapter begins at the first"
-    frozen = FrozenLayers(model, layers)
-    if reason := frozen.unfit(rows):
-        return None, Check("model.cache_frozen", reason).note
-    folder = store.project("cache") / _fingerprint(model, layers, base)
-    cache, reason = _open_cache(folder, rows, model, options, cache_gb)
-    frozen = replace(frozen, cache=cache)
-    if cache is None or not cache.verified:
-        check = _verify(frozen, rows[:2])
-        if not check.passed:
-            if cache is not None:
-                cache.close()
-            return None, check.note
-    what = f"the lowest {layers} of {len(model.layers)} layers are frozen: what they put out for a row is computed"
-    if cache is None:
-        return frozen, f"{what} each time ({reason}); model.cache_frozen: off computes them with the batch"
-    return frozen, f"{what} once and kept ({cache.size() / 1e6:,.0f} MB so far, in {folder.parent}/{folder.name[:8]}…)"
-
-
-def check_frozen(frozen: FrozenLayers, rows: Sequence[TokenRow]) -> Check:
-    """Compare the logits from the states of frozen layers, cached ones if there are any, with the plain model's."""
-    name = "model.cache_frozen"
-    try:
-        # First of all: what a layer leaves behind for a later one must not be there when the states are used.
-        states = frozen.beginnings(rows)
-    except Exception as error:  # whatever an unknown model trips over
-        return Check(name, f"the model's layers cannot be cut apart ({error})")
-    return compare(
-        frozen.model,
-        name,
-        lambda: {"logits": frozen.logits(rows)},
-        lambda: {"logits": frozen.logits(rows, states)},
-    )
-
-
-def _verify(frozen: FrozenLayers, rows: Sequence[TokenRow]) -> Check:
-    """Check frozen layers once for their cache; states that are another model's make way for new ones."""
-    found = check_frozen(frozen, rows)
-    if frozen.cache is None:
-        return found
-    if not found.passed:
-        frozen.cache.clear()
-        found = check_frozen(frozen, rows)
-    if found.passed:
-        frozen.cache.mark_verified()
-    return found
-
-
-def _open_cache(
-    folder: Path, rows: Sequence[TokenRow], model: nn.Module, options: schema.Model, cache_gb: float
-) -> tuple[StateCache | None, str | None]:
-    """The opened cache, with room for all rows; or None and the reason, where that needs more than it may."""
-    limit, insist = int(cache_gb * 1e9), options.cache_frozen == "on"
-    try:
-        cache = StateCache(folder)
-    except OSError as error:
-        if insist:
-            raise
-        return None, f"{error.filename or folder}: {error.strerror}"
-    token = _bytes_a_token(model)
-    needed = token * sum(len(row.input_ids) - 1 for row in rows)
-    missing = token * sum(len(row.input_ids) - 1 for row in rows if row.input_ids[:-1] not in cache)
-    if missing and cache.size() + missing > limit >= needed:
-        cache.clear()  # what earlier rows left fills it
-        missing = needed
-    fits = cache.size() + missing <= limit
-    evict(folder.parent, keep=folder, to=max(limit - missing, 0))
-    if insist or (fits and missing <= shutil.disk_usage(folder).free // 2):
-        return cache, None
-    cache.close()
-    return None, f"{needed / 1e9:.2f} GB to keep is more than {'half of the free disk' if fits else 'runtime.cache_gb'}"
-
-
-def _bytes_a_token(model: nn.Module) -> int:
-    states = embedded(model, len(model.layers) - 1, mx.array([[1]]))
-    return 0 if states is None else states.hidden_BxLxD.nbytes  # None: the check that follows says why
-
-
-def _fingerprint(model: nn.Module, layers: int, base: str) -> str:
-    """Digest of all that the states of a row follow from besides its tokens."""
-    parts = {
-        "base": base,
-        "layers": layers,
-        "dtype": str(floating_dtype(model)),
-        "device": str(mx.default_device()),
-        "blas": Path(blas.loaded() or "").name,
-        "cpu_kernels": kernels.in_use(model),
-    }
-    # Loading belongs to it: states follow from how weights were dequantised and rounded.
-    return digest_of(parts | code.fingerprint("stages.lora.frozen", "stages.lora.patches", "stages.model.load"))[:32]

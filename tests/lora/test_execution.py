@@ -16,7 +16,7 @@ import pytest
 from stages.evaluate import evaluate
 from stages.fetch import fetch
 from stages.files.hashes import sha256
-from stages.lora import code, execution
+from stages.lora import code, frozen_cache
 from stages.lora.frozen import FrozenLayers
 from stages.lora.selfcheck import Check
 from stages.prepare import prepare
@@ -196,7 +196,7 @@ def test_states_of_another_model_make_way(tokens: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         plain = FrozenLayers._computed
         patch.setattr(FrozenLayers, "_computed", lambda self, ids_L: 1.5 * plain(self, ids_L))
-        patch.setattr(execution, "check_frozen", lambda frozen, rows: Check("model.cache_frozen"))
+        patch.setattr(frozen_cache, "check_frozen", lambda frozen, rows: Check("model.cache_frozen"))
         train()
     assert ADAPTER.read_bytes() != before
     Path(f"artifacts/cache/{name}/verified").unlink()

@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 
 from stages.lora import adapter
 from stages.lora.batches import collate
-from stages.lora.execution import check_frozen
 from stages.lora.frozen import FrozenLayers
+from stages.lora.frozen_cache import check_frozen
 from stages.lora.loss import sum_loss
 from stages.lora.state_cache import StateCache
 from stages.model.load import load_base

@@ -50,7 +50,9 @@ def inspect(
     if about["tokenizer"] != manifest.tokenizer_identity:
         raise ValueError(f"{tokens}: made with another base model's tokenizer; run: python -m stages.tokenize")
     tokenizer = load_tokenizer(locate(manifest), trust_remote_code=trust)
-    policy = about["policy"]
+    policy = about.get("policy")
+    if not isinstance(policy, dict):
+        raise ValueError(f"{tokens}: its metadata is damaged; make it anew with: python -m stages.tokenize")
     console.say(f"Row {row} of {len(lengths):,}, id {chosen.id}, from {chosen.source}")
     console.out.print(_shown(chosen, tokenizer, coloured=console.out.is_terminal), soft_wrap=True)
     trained = int(chosen.loss_mask.sum())

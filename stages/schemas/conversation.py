@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stages.schemas.structured import calls_of, parsed, unread_of_calls
-from stages.schemas.text import EmptyError, is_blank
+from stages.schemas.text import EmptyError, holds, is_blank
 
 Message = dict[str, Any]
 
@@ -75,8 +75,8 @@ def _message(turn: Any, number: int) -> tuple[Message | None, set[str]]:
     if role is None:
         raise ValueError(f"turn {number} has the unknown role {given!a}; known: {', '.join(_ROLES)}")
     where = f"turn {number} ({given})"
-    unread = {key for key in fields if key not in _READ[role]}
-    if "tool_calls" in unread and fields["tool_calls"]:
+    unread = {key for key, value in fields.items() if key not in _READ[role] and holds(value)}
+    if "tool_calls" in unread:
         raise ValueError(f"{where} has 'tool_calls'; only an assistant's turn calls tools")
     if role == "assistant":
         answer = _answer(fields, given, where)

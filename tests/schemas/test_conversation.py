@@ -179,7 +179,7 @@ def test_a_conversation_of_nothing_is_empty() -> None:
 def test_fields_that_nobody_reads_are_named() -> None:
     call = {"index": 0, "type": "function", "function": {"name": "f", "arguments": {}, "strict": True}}
     turns = [
-        {**ASKED, "name": "Ann", "weight": 1, "time": None},
+        {**ASKED, "name": "Ann", "weight": 1, "time": None, "tags": [], "note": " "},
         {"role": "assistant", "content": "", "tool_calls": [call], "model": "m"},
         {"role": "tool", "content": "x", "name": "f", "tool_call_id": "c1"},
     ]

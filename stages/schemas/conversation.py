@@ -30,7 +30,7 @@ _READ_ALWAYS = {"role", "from", "content", "value", *_FLAGS}
 _READ = {
     "system": _READ_ALWAYS,
     "user": _READ_ALWAYS,
-    "assistant": _READ_ALWAYS | {"tool_calls", "function_call", *_THOUGHTS},
+    "assistant": _READ_ALWAYS | {"tool_calls", "function_call", "refusal", *_THOUGHTS},
     "tool": _READ_ALWAYS | {"name", "tool_call_id"},
 }
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -105,7 +105,7 @@ def _answer(fields: Mapping[str, Any], given: str, where: str) -> Message:
             raise ValueError(f"{where} has calls in two places; keep 'tool_calls', remove 'function_call'")
         calls = calls_of(fields["function_call"], f"{where}: 'function_call'")
     if given not in _CALLING:
-        content = _content(fields, where) if not calls or "content" in fields or "value" in fields else ""
+        content = _said(fields, where, optional=bool(calls))
     thoughts = _thoughts(fields, where)
     if is_blank(content) and not calls and not thoughts:
         raise EmptyError(f"{where} is empty")
@@ -117,6 +117,20 @@ def _answer(fields: Mapping[str, Any], given: str, where: str) -> Message:
     if not _is_trained(fields, where):
         message["train"] = False
     return message
+
+
+def _said(fields: Mapping[str, Any], where: str, *, optional: bool) -> str:
+    """An answer's text; OpenAI's `refusal` is one too."""
+    refusal = fields.get("refusal", "")
+    if not isinstance(refusal, str):
+        raise ValueError(f"{where}: 'refusal' must be text, not {type(refusal).__name__}")
+    optional = optional or not is_blank(refusal)
+    content = _content(fields, where) if not optional or "content" in fields or "value" in fields else ""
+    if is_blank(refusal):
+        return content
+    if not is_blank(content):
+        raise ValueError(f"{where} has a 'content' and a 'refusal'; keep the one that is to be learned")
+    return refusal
 
 
 def _content(fields: Mapping[str, Any], where: str) -> str:
@@ -137,11 +151,12 @@ def _part(part: Any, where: str) -> str:
     if not isinstance(part, Mapping):
         raise ValueError(f'{where} must be text, as {{"type": "text", "text": "…"}}, not {type(part).__name__}')
     kind = part.get("type", "text")
-    if kind not in _TEXT_PARTS:
+    name = "refusal" if kind == "refusal" else "text"
+    if kind != name and kind not in _TEXT_PARTS:
         raise ValueError(f"{where} is of type {kind!a}; only text is trained here: remove the part, or the row")
-    if not isinstance(part.get("text"), str):
-        raise ValueError(f"{where} has no 'text'; give it one, or remove it")
-    return str(part["text"])
+    if not isinstance(part.get(name), str):
+        raise ValueError(f"{where} has no {name!r}; give it one, or remove it")
+    return str(part[name])
 
 
 def _thoughts(fields: Mapping[str, Any], where: str) -> str:

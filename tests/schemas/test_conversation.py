@@ -187,3 +187,23 @@ def test_fields_that_nobody_reads_are_named() -> None:
     assert unread == {"messages.name", "messages.index", "messages.strict", "messages.model"}
     assert messages[0] == ASKED
     assert messages[2] == {"role": "tool", "content": "x", "name": "f", "tool_call_id": "c1"}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": None, "refusal": "Left."},
+        {"content": "", "refusal": "Left."},
+        {"content": [{"type": "refusal", "refusal": "Left."}]},
+        {"content": "Left.", "refusal": None},
+    ],
+)
+def test_a_refusal_is_an_answer(said: dict[str, Any]) -> None:
+    assert answer(**said) == {"role": "assistant", "content": "Left."}
+
+
+def test_a_refusal_beside_an_answer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"turn 2 \(assistant\) has a 'content' and a 'refusal'; keep the one"):
+        answer(refusal="No.")
+    with pytest.raises(ValueError, match="'refusal' must be text, not list"):
+        answer(content=None, refusal=["No."])

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stages.schemas.structured import calls_of, parsed, unread_of_calls
-from stages.schemas.text import EmptyError, holds, is_blank
+from stages.schemas.text import EmptyError, holds, is_blank, listed
 
 Message = dict[str, Any]
 
@@ -139,7 +139,7 @@ def _content(fields: Mapping[str, Any], where: str) -> str:
     if isinstance(content, str):
         return content
     if content is None:
-        raise ValueError(f"{where}: has no 'content'")
+        raise ValueError(f"{where} has no 'content' (it has: {listed(fields)}); give it one")
     if not isinstance(content, list):
         raise ValueError(f"{where}: 'content' must be text, not {type(content).__name__}")
     return "".join(_part(part, f"{where}: part {number} of 'content'") for number, part in enumerate(content, start=1))

@@ -207,3 +207,8 @@ def test_a_refusal_beside_an_answer_is_refused() -> None:
         answer(refusal="No.")
     with pytest.raises(ValueError, match="'refusal' must be text, not list"):
         answer(content=None, refusal=["No."])
+
+
+def test_a_turn_without_content_is_refused_with_the_fields_that_it_has() -> None:
+    with pytest.raises(ValueError, match=r"turn 1 \(human\) has no 'content' \(it has: from, text\); give it one"):
+        read({"from": "human", "text": "Which way?", "value": None})

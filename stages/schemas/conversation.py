@@ -161,12 +161,14 @@ def _part(part: Any, where: str) -> str:
 
 def _thoughts(fields: Mapping[str, Any], where: str) -> str:
     """What the assistant thinks before it answers; "" if nothing."""
-    name = next((name for name in _THOUGHTS if name in fields), None)
-    if name is None:
-        return ""
-    if not isinstance(fields[name], str):
-        raise ValueError(f"{where}: {name!r} must be text, not {type(fields[name]).__name__}")
-    return "" if is_blank(fields[name]) else fields[name]
+    given = {name: fields[name] for name in _THOUGHTS if name in fields}
+    for name, thought in given.items():
+        if not isinstance(thought, str):
+            raise ValueError(f"{where}: {name!r} must be text, not {type(thought).__name__}")
+    thoughts = list(dict.fromkeys(thought for thought in given.values() if not is_blank(thought)))
+    if len(thoughts) > 1:
+        raise ValueError(f"{where}: {' and '.join(map(repr, given))} say different things; keep one of them")
+    return thoughts[0] if thoughts else ""
 
 
 def _is_trained(fields: Mapping[str, Any], where: str) -> bool:

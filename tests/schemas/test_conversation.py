@@ -212,3 +212,10 @@ def test_a_refusal_beside_an_answer_is_refused() -> None:
 def test_a_turn_without_content_is_refused_with_the_fields_that_it_has() -> None:
     with pytest.raises(ValueError, match=r"turn 1 \(human\) has no 'content' \(it has: from, text\); give it one"):
         read({"from": "human", "text": "Which way?", "value": None})
+
+
+def test_two_names_of_a_thought_say_the_same_or_are_refused() -> None:
+    assert answer(reasoning_content="Hm.", thinking="Hm.")["reasoning_content"] == "Hm."
+    assert answer(reasoning_content="", thinking="Hm.")["reasoning_content"] == "Hm."
+    with pytest.raises(ValueError, match="'reasoning_content' and 'thinking' say different things; keep one"):
+        answer(reasoning_content="Hm.", thinking="Oh.")

@@ -20,6 +20,7 @@ _CHOSEN = ("chosen", "chosen_messages", "preferred_output")
 _REJECTED = ("rejected", "rejected_messages", "non_preferred_output")
 LABELS = ("label", "kto_tag")
 _TRUTH = {"true": True, "false": False}  # as CSV spells it
+_NUMBERS = {"1": True, "0": False}
 _CONVERSATIONS = ("messages", "conversations")
 # A question's column → its answer's.
 _ANSWERS = {"prompt": "completion", "question": "answer", "instruction": "output"}
@@ -41,9 +42,8 @@ def resolve_label(row: Mapping[str, Any], labels: Labels, decided: Collection[st
     if labels == "ignore":
         return
     for name in LABELS:
-        value = row.get(name)
-        truth = _TRUTH.get(value.strip().lower()) if isinstance(value, str) else value
-        if not isinstance(truth, bool) or name in decided:
+        truth = truth_of(row.get(name), labels)
+        if truth is None or name in decided:
             continue
         if labels == "error":
             raise ValueError(
@@ -52,6 +52,15 @@ def resolve_label(row: Mapping[str, Any], labels: Labels, decided: Collection[st
             )
         if not truth:
             raise UnwantedError(f"its {name!r} is false")
+
+
+def truth_of(value: Any, labels: Labels) -> bool | None:
+    """Whether a label says that the answer is wanted; None if it is of another kind.
+
+    1 and 0 are often numbers of classes: they count where the parameters say that labels are about answers.
+    """
+    known = _TRUTH | (_NUMBERS if labels == "drop_false" else {})
+    return known.get(str(value).strip().lower()) if isinstance(value, str | int) else None
 
 
 def resolve_pair(row: dict[str, Any], preferences: Preferences, decided: Collection[str]) -> dict[str, Any]:

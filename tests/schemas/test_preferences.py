@@ -114,3 +114,18 @@ def test_a_label_is_refused_or_its_false_rows_dropped(name: str, true: Any, rest
 @pytest.mark.parametrize("label", [0, 1, "spam", None, "1"])
 def test_labels_of_another_kind_are_no_labels_of_answers(label: Any) -> None:
     assert read({"prompt": "q", "completion": "good", "label": label}) == {"messages": [ASKED, ANSWERED]}
+
+
+@pytest.mark.parametrize(("true", "false"), [(1, 0), ("1", "0")])
+def test_numbers_are_labels_of_answers_where_labels_are_read(true: Any, false: Any) -> None:
+    row = {"prompt": "q", "completion": "good"}
+    assert read(row | {"label": true}, labels="drop_false") == {"messages": [ASKED, ANSWERED]}
+    with pytest.raises(UnwantedError):
+        read(row | {"label": false}, labels="drop_false")
+
+
+@pytest.mark.parametrize(("label", "unread"), [(1, ()), (True, ()), (2, ("label",)), ("spam", ("label",))])
+def test_a_label_of_another_kind_is_named_as_not_read(label: Any, unread: tuple[str, ...]) -> None:
+    schemas = Schemas(None, labels="drop_false")
+    row = {"prompt": "q", "completion": "good", "label": label}
+    assert schemas.read(row, schemas.detect(row)).unread == unread

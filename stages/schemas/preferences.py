@@ -97,11 +97,22 @@ def _with_answer(rest: dict[str, Any], chosen: Any, name: str) -> dict[str, Any]
     for column in _CONVERSATIONS:
         if holds(rest.get(column)):
             prompt = parsed(rest.pop(column), column)
+            _refuse_answered(prompt, column, name)
             return rest | {"prompt": prompt, "completion": chosen}
     for question, answer in _ANSWERS.items():
         if question in rest:
+            _refuse_answered(rest[question], question, name)
             return rest | {answer: _only_text(chosen, name) if turns and question != "prompt" else chosen}
     return rest | {"messages" if turns else "text": chosen}
+
+
+def _refuse_answered(prompt: Any, column: str, name: str) -> None:
+    """Raise ValueError if the turns before the chosen answer end with an answer."""
+    if isinstance(prompt, list) and prompt and role_of(prompt[-1]) == "assistant":
+        raise ValueError(
+            f"its {column!r} ends with an answer, before the one in {name!r}; remove that turn, or give the whole "
+            f"conversation in {name!r}"
+        )
 
 
 def _only_text(turns: list[Any], name: str) -> str:

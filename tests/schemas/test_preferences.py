@@ -129,3 +129,11 @@ def test_a_label_of_another_kind_is_named_as_not_read(label: Any, unread: tuple[
     schemas = Schemas(None, labels="drop_false")
     row = {"prompt": "q", "completion": "good", "label": label}
     assert schemas.read(row, schemas.detect(row)).unread == unread
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "prompt"])
+@pytest.mark.parametrize("chosen", ["good", ANSWERED, [ANSWERED]])
+def test_a_chosen_answer_after_another_answer_is_refused(column: str, chosen: Any) -> None:
+    row = {column: [ASKED, EARLIER], "chosen": chosen, "rejected": WORSE}
+    with pytest.raises(ValueError, match=f"its '{column}' ends with an answer, before the one in 'chosen'; remove"):
+        read(row, preferences="chosen")

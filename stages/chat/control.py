@@ -45,7 +45,9 @@ class ControlTokens:
         """
         if isinstance(value, str):
             if self._private.search(value):
-                raise ValueError("has a private-use character (U+F0000 and on) beside the name of a control token")
+                raise ValueError(
+                    "has a private-use character (U+F0000 and on) beside the name of a control token; remove it"
+                )
             return self.pattern.sub(lambda match: self._hidden[match.group()], value)
         if isinstance(value, list):
             return [self.hide(item) for item in value]

@@ -110,7 +110,7 @@ class Schemas:
             if schema.fits(fields):
                 self._check_template(schema)
                 return schema
-        wanted = "; ".join(", ".join(schema.required) for schema in self._schemas)
+        wanted = "; ".join(dict.fromkeys(", ".join(schema.required) for schema in self._schemas))
         raise ValueError(f"no known columns (it has: {listed(fields)}; wanted: {wanted}); map them in prepare.columns")
 
     def read(self, fields: Fields, schema: Schema) -> Reading:

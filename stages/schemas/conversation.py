@@ -80,7 +80,12 @@ def _message(turn: Any, number: int) -> tuple[Message | None, set[str]]:
         raise ValueError(f"{where} has 'tool_calls'; only an assistant's turn calls tools")
     if role == "assistant":
         answer = _answer(fields, given, where)
-        return answer, unread | unread_of_calls(fields.get("tool_calls"))
+        calls = (
+            fields.get("content", fields.get("value"))
+            if given in _CALLING
+            else fields.get("tool_calls") or fields.get("function_call")
+        )
+        return answer, unread | (unread_of_calls(calls) if calls else set())
     content = _content(fields, where) if role == "user" or "content" in fields or "value" in fields else ""
     if is_blank(content) and role == "system":
         return None, unread

@@ -219,3 +219,20 @@ def test_two_names_of_a_thought_say_the_same_or_are_refused() -> None:
     assert answer(reasoning_content="", thinking="Hm.")["reasoning_content"] == "Hm."
     with pytest.raises(ValueError, match="'reasoning_content' and 'thinking' say different things; keep one"):
         answer(reasoning_content="Hm.", thinking="Oh.")
+
+
+@pytest.mark.parametrize(
+    ("turn", "fields"),
+    [
+        ({"tool_calls": [{"name": "f", "arguments": {}, "result": "r"}]}, {"result"}),
+        ({"tool_calls": [{"name": "f", "arguments": {}, "parameters": {"to": "left"}}]}, {"parameters"}),
+        ({"tool_calls": '[{"function": {"name": "f", "strict": true}, "index": 0}]'}, {"strict", "index"}),
+        ({"function_call": {"name": "f", "arguments": "{}", "note": "n"}}, {"note"}),
+        ({"role": "function_call", "content": '{"name": "f", "arguments": {}, "note": "n"}'}, {"note"}),
+        ({"tool_calls": [{"name": "f", "parameters": {}, "result": None}]}, set()),
+        ({"function_call": {"name": "f", "arguments": "{}"}, "tool_calls": []}, set()),
+    ],
+)
+def test_fields_of_calls_that_nobody_reads_are_named(turn: dict[str, Any], fields: set[str]) -> None:
+    _, unread = messages_of([{"role": "assistant", "content": "", **turn}], "messages")
+    assert unread == {f"messages.{field}" for field in fields}

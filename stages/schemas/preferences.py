@@ -93,6 +93,8 @@ def _with_answer(rest: dict[str, Any], chosen: Any, name: str) -> dict[str, Any]
     turns = isinstance(chosen, list)
     if turns and chosen and role_of(chosen[0]) != "assistant":  # the whole conversation
         before = (*_CONVERSATIONS, *_ANSWERS, *_ANSWERS.values())
+        for column in before:
+            _refuse_lost_system(rest.get(column), column, chosen, name)
         return {key: value for key, value in rest.items() if key not in before} | {"messages": chosen}
     for column in _CONVERSATIONS:
         if holds(rest.get(column)):
@@ -104,6 +106,13 @@ def _with_answer(rest: dict[str, Any], chosen: Any, name: str) -> dict[str, Any]
             _refuse_answered(rest[question], question, name)
             return rest | {answer: _only_text(chosen, name) if turns and question != "prompt" else chosen}
     return rest | {"messages" if turns else "text": chosen}
+
+
+def _refuse_lost_system(prompt: Any, column: str, chosen: list[Any], name: str) -> None:
+    """Raise ValueError if the turns that the chosen conversation replaces have a system turn that it lacks."""
+    turns = prompt if isinstance(prompt, list) else []
+    if any(role_of(turn) == "system" and turn not in chosen for turn in turns):
+        raise ValueError(f"its {column!r} has a system turn that {name!r} lacks; put it there, or take it out of both")
 
 
 def _refuse_answered(prompt: Any, column: str, name: str) -> None:

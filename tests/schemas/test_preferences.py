@@ -137,3 +137,13 @@ def test_a_chosen_answer_after_another_answer_is_refused(column: str, chosen: An
     row = {column: [ASKED, EARLIER], "chosen": chosen, "rejected": WORSE}
     with pytest.raises(ValueError, match=f"its '{column}' ends with an answer, before the one in 'chosen'; remove"):
         read(row, preferences="chosen")
+
+
+@pytest.mark.parametrize("column", ["prompt", "messages", "conversations"])
+def test_a_system_turn_that_the_chosen_conversation_lacks_is_refused(column: str) -> None:
+    system = {"role": "system", "content": "Be short."}
+    row = {column: [system, ASKED], "chosen": [ASKED, ANSWERED], "rejected": [ASKED, WORSE]}
+    with pytest.raises(ValueError, match=f"its '{column}' has a system turn that 'chosen' lacks; put it there"):
+        read(row, preferences="chosen")
+    whole = row | {"chosen": [system, ASKED, ANSWERED]}
+    assert read(whole, preferences="chosen") == {"messages": [system, ASKED, ANSWERED]}

@@ -207,3 +207,18 @@ def test_a_number_of_a_call_that_is_not_rendered_is_refused(number: float) -> No
     assert len(said(chat_template(kept).conversation(turns, None))) == 1
     with pytest.raises(ValueError, match=r"leaves out the tool calls of turn 2 .*; give one that knows them"):
         chat_template(CHATML.replace("+ '<|im_end|>", start + end)).conversation(turns, None)
+
+
+def test_the_start_of_the_next_turn_is_no_end_of_a_marked_answer() -> None:
+    answer = "{% generation %}{{ m.content }}{% endgeneration %}"
+    open_ended = HEAD + (
+        "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        + answer
+        + "{% else %}{{ m.content }}{% endif %}"
+        "{{ '\n' }}"
+    )
+    assert learned(open_ended + TAIL) == ["ONE", "TWO"]
+    assert learned((open_ended + TAIL).replace("{{ '\n' }}", "{{ '<|im_end|>\n' }}")) == [
+        "ONE<|im_end|>",
+        "TWO<|im_end|>",
+    ]

@@ -155,7 +155,7 @@ class View:
     def _start(self, turn: int, before: int) -> int:
         """The end of the turn's header, as an offset into the words before the turn's first string."""
         words, writer = self.words[before], self.writer
-        asked = writer.try_render(self.turns[:turn], self.tools, ask=True) if before else None
+        asked = writer.try_render(self._before(turn), self.tools, ask=True) if before else None
         following = self._following(asked, before)
         start = None if following is None else writer.agreement(words, following)
         header = writer.header(self.tools)
@@ -175,9 +175,7 @@ class View:
             reach = reach if writer.control(words, low, reach) else len(words)
             tokens = writer.control(words, low, reach)
         else:
-            # A thought that is left out here but not where the turn is the last would hide what is the same.
-            last = without_thought(self.turns[turn]) if turn in self.thoughtless else self.turns[turn]
-            alone = self._following(writer.try_render([*self.turns[:turn], last], self.tools), after)
+            alone = self._following(writer.try_render(self._before(turn + 1), self.tools), after)
             reach = low if alone is None else max(writer.agreement(words, alone), low)
             tokens = writer.control(words, low, reach)
             if not tokens and alone is not None and writer.control(alone, low):
@@ -188,6 +186,13 @@ class View:
                     f"where turn {turn + 1} (assistant) of {roles(self.turns)} ends cannot be told; {HINT}"
                 )
         return (tokens[-1][1], tokens[-1][0]) if tokens else (reach, reach)
+
+    def _before(self, turn: int) -> list[Message]:
+        """The turns before this one, without the thoughts that are left out here.
+
+        A template that shows them where no later turns follow would hide what is the same.
+        """
+        return [without_thought(said) if i in self.thoughtless else said for i, said in enumerate(self.turns[:turn])]
 
     def _following(self, text: str | None, place: int) -> str | None:
         """The rest of another text after the string before the words of that number; None if it is not there."""

@@ -45,7 +45,9 @@ class ControlTokens:
         """
         if isinstance(value, str):
             if self._private.search(value):
-                raise ValueError("has a private-use character (U+F0000 and on) beside the name of a control token")
+                raise ValueError(
+                    "has a private-use character (U+F0000 and on) beside the name of a control token; remove it"
+                )
             return self.pattern.sub(lambda match: self._hidden[match.group()], value)
         if isinstance(value, list):
             return [self.hide(item) for item in value]
@@ -66,8 +68,10 @@ class ControlTokens:
         swapped = {**self._hidden, **self._shown}
         renamed = _any_of(swapped).sub(lambda match: swapped[match.group()], text)
         encoding = self._renamed.encode(renamed, add_special_tokens=add_special_tokens)
-        made = self.count(i for i, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if not added)
-        if made != len(self._hidden_pattern.findall(renamed)):
+        ids = (i for i, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if not added)
+        # A character that the vocabulary lacks becomes the unknown token, whatever the text spells.
+        made = self.count(i for i in ids if i != self._unknown)
+        if made != len([name for name in self._hidden_pattern.findall(renamed) if self._id(name) != self._unknown]):
             raise ValueError(
                 "spells a control token that this tokenizer cannot write as text; correct the row, or set "
                 "tokenize.special_in_content: allow"
@@ -77,6 +81,18 @@ class ControlTokens:
     def count(self, ids: Iterable[int]) -> int:
         """Count the control tokens among the ids."""
         return sum(index in self._ids for index in ids)
+
+    def _id(self, hidden: str) -> int | None:
+        """The id of a control token by its hidden name."""
+        found: int | None = self._backend.token_to_id(self._shown[hidden])
+        return found
+
+    @cached_property
+    def _unknown(self) -> int | None:
+        """The id that the tokenizer's model gives to what its vocabulary lacks."""
+        model = json.loads(self._backend.to_str())["model"]
+        name, index = model.get("unk_token"), model.get("unk_id")
+        return self._backend.token_to_id(name) if name else index
 
     @cached_property
     def _ids(self) -> frozenset[int]:

@@ -121,21 +121,23 @@ def spellings(text: str) -> Iterator[str]:
 
 
 def names_of_calls(message: Message) -> Iterator[str]:
-    """The names and keys of a turn's tool calls."""
+    """The names, keys and numbers of a turn's tool calls."""
     for call in message.get("tool_calls") or ():
         function = call.get("function") or {}
         yield str(function.get("name") or "")
-        yield from _keys(function.get("arguments"))
+        yield from _keys_and_numbers(function.get("arguments"))
 
 
-def _keys(value: Any) -> Iterator[str]:
+def _keys_and_numbers(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         yield from value
         for item in value.values():
-            yield from _keys(item)
+            yield from _keys_and_numbers(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _keys(item)
+            yield from _keys_and_numbers(item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):  # true and null have several spellings
+        yield json.dumps(value)
 
 
 def strings_of_tools(value: Any, *, schema: bool = True) -> Iterator[str]:

@@ -180,6 +180,6 @@ class ChatTemplate:
         following = self._control.pattern.match(made.text, after)
         if closed:
             spans[-1] = Span(spans[-1].start, end, closed.start())
-        elif following:
+        elif following and following.end() <= whole.end:  # and no start of the next turn
             spans[-1] = Span(spans[-1].start, following.end(), end)
         return tuple(spans)

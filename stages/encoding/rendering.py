@@ -88,7 +88,7 @@ class Renderer:
     def _render_chat(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> Rendered:
         turns = [dict(message) for message in messages]
         if self._options.thoughts == "drop":
-            turns = [without_thought(turn) for turn in turns]
+            turns = [_thoughtless(turn, number) for number, turn in enumerate(turns, start=1)]
         spells = self._options.special_in_content != "allow" and self._spells(turns, tools)
         if spells:
             turns, tools = self._control.hide(turns), self._control.hide(list(tools)) if tools else tools
@@ -136,6 +136,21 @@ class Renderer:
         if token and self._options.special_in_content == "error":
             raise ValueError(_spells(token, " in its tools"))
         return token is not None
+
+
+def _thoughtless(turn: Message, number: int) -> Message:
+    """The turn without its thought.
+
+    Raises:
+        ValueError: nothing of it is left: the model would learn to say nothing.
+    """
+    left = without_thought(turn)
+    if left != turn and not left["content"].strip() and not left.get("tool_calls"):
+        raise ValueError(
+            f"turn {number} ({turn['role']}) holds only a thought, which tokenize.thoughts: drop takes out; mend the "
+            "row, or take it out"
+        )
+    return left
 
 
 def _spells(token: str | None, where: str) -> str:

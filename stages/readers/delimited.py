@@ -79,8 +79,7 @@ def _records(path: Path, advance: Advance, delimiter: str) -> Iterator[tuple[str
         try:
             record = next(records, None)
         except csv.Error as error:
-            hint = "quote the cell, and double the quotes inside it"
-            yield place, [], BadRow(place, f"not valid CSV ({error}); {hint}")
+            yield place, [], BadRow(place, _not_valid(error))
             continue
         except _UndecodableError as error:
             yield place, [], error.row
@@ -88,6 +87,12 @@ def _records(path: Path, advance: Advance, delimiter: str) -> Iterator[tuple[str
         if record is None:
             return
         yield place, lines.taken, record
+
+
+def _not_valid(error: csv.Error) -> str:
+    if "new-line character" in str(error):  # csv's words advise on the reader's code
+        return "a carriage return alone ends a line; save the file with \\n or \\r\\n at the ends of lines"
+    return f"not valid CSV ({error}); quote the cell, and double the quotes inside it"
 
 
 def _blank_before_quote(lines: list[str], record: list[str], delimiter: str) -> str | None:

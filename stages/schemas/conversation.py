@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stages.schemas.structured import calls_of, parsed, unread_of_calls
-from stages.schemas.text import EmptyError, is_blank
+from stages.schemas.text import EmptyError, holds, is_blank, listed
 
 Message = dict[str, Any]
 
@@ -30,7 +30,7 @@ _READ_ALWAYS = {"role", "from", "content", "value", *_FLAGS}
 _READ = {
     "system": _READ_ALWAYS,
     "user": _READ_ALWAYS,
-    "assistant": _READ_ALWAYS | {"tool_calls", "function_call", *_THOUGHTS},
+    "assistant": _READ_ALWAYS | {"tool_calls", "function_call", "refusal", *_THOUGHTS},
     "tool": _READ_ALWAYS | {"name", "tool_call_id"},
 }
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -75,12 +75,17 @@ def _message(turn: Any, number: int) -> tuple[Message | None, set[str]]:
     if role is None:
         raise ValueError(f"turn {number} has the unknown role {given!a}; known: {', '.join(_ROLES)}")
     where = f"turn {number} ({given})"
-    unread = {key for key in fields if key not in _READ[role]}
-    if "tool_calls" in unread and fields["tool_calls"]:
+    unread = {key for key, value in fields.items() if key not in _READ[role] and holds(value)}
+    if "tool_calls" in unread:
         raise ValueError(f"{where} has 'tool_calls'; only an assistant's turn calls tools")
     if role == "assistant":
         answer = _answer(fields, given, where)
-        return answer, unread | unread_of_calls(fields.get("tool_calls"))
+        calls = (
+            fields.get("content", fields.get("value"))
+            if given in _CALLING
+            else fields.get("tool_calls") or fields.get("function_call")
+        )
+        return answer, unread | (unread_of_calls(calls) if calls else set())
     content = _content(fields, where) if role == "user" or "content" in fields or "value" in fields else ""
     if is_blank(content) and role == "system":
         return None, unread
@@ -105,7 +110,7 @@ def _answer(fields: Mapping[str, Any], given: str, where: str) -> Message:
             raise ValueError(f"{where} has calls in two places; keep 'tool_calls', remove 'function_call'")
         calls = calls_of(fields["function_call"], f"{where}: 'function_call'")
     if given not in _CALLING:
-        content = _content(fields, where) if not calls or "content" in fields or "value" in fields else ""
+        content = _said(fields, where, optional=bool(calls))
     thoughts = _thoughts(fields, where)
     if is_blank(content) and not calls and not thoughts:
         raise EmptyError(f"{where} is empty")
@@ -119,13 +124,27 @@ def _answer(fields: Mapping[str, Any], given: str, where: str) -> Message:
     return message
 
 
+def _said(fields: Mapping[str, Any], where: str, *, optional: bool) -> str:
+    """An answer's text; OpenAI's `refusal` is one too."""
+    refusal = fields.get("refusal", "")
+    if not isinstance(refusal, str):
+        raise ValueError(f"{where}: 'refusal' must be text, not {type(refusal).__name__}")
+    optional = optional or not is_blank(refusal)
+    content = _content(fields, where) if not optional or "content" in fields or "value" in fields else ""
+    if is_blank(refusal):
+        return content
+    if not is_blank(content):
+        raise ValueError(f"{where} has a 'content' and a 'refusal'; keep the one that is to be learned")
+    return refusal
+
+
 def _content(fields: Mapping[str, Any], where: str) -> str:
     """A turn's text: as it is, or its parts joined."""
     content = fields.get("content", fields.get("value"))
     if isinstance(content, str):
         return content
     if content is None:
-        raise ValueError(f"{where}: has no 'content'")
+        raise ValueError(f"{where} has no 'content' (it has: {listed(fields)}); give it one")
     if not isinstance(content, list):
         raise ValueError(f"{where}: 'content' must be text, not {type(content).__name__}")
     return "".join(_part(part, f"{where}: part {number} of 'content'") for number, part in enumerate(content, start=1))
@@ -137,21 +156,24 @@ def _part(part: Any, where: str) -> str:
     if not isinstance(part, Mapping):
         raise ValueError(f'{where} must be text, as {{"type": "text", "text": "…"}}, not {type(part).__name__}')
     kind = part.get("type", "text")
-    if kind not in _TEXT_PARTS:
+    name = "refusal" if kind == "refusal" else "text"
+    if kind != name and kind not in _TEXT_PARTS:
         raise ValueError(f"{where} is of type {kind!a}; only text is trained here: remove the part, or the row")
-    if not isinstance(part.get("text"), str):
-        raise ValueError(f"{where} has no 'text'; give it one, or remove it")
-    return str(part["text"])
+    if not isinstance(part.get(name), str):
+        raise ValueError(f"{where} has no {name!r}; give it one, or remove it")
+    return str(part[name])
 
 
 def _thoughts(fields: Mapping[str, Any], where: str) -> str:
     """The assistant's thoughts before it answers; "" if there are none."""
-    name = next((name for name in _THOUGHTS if name in fields), None)
-    if name is None:
-        return ""
-    if not isinstance(fields[name], str):
-        raise ValueError(f"{where}: {name!r} must be text, not {type(fields[name]).__name__}")
-    return "" if is_blank(fields[name]) else fields[name]
+    given = {name: fields[name] for name in _THOUGHTS if name in fields}
+    for name, thought in given.items():
+        if not isinstance(thought, str):
+            raise ValueError(f"{where}: {name!r} must be text, not {type(thought).__name__}")
+    thoughts = list(dict.fromkeys(thought for thought in given.values() if not is_blank(thought)))
+    if len(thoughts) > 1:
+        raise ValueError(f"{where}: {' and '.join(map(repr, given))} say different things; keep one of them")
+    return thoughts[0] if thoughts else ""
 
 
 def _is_trained(fields: Mapping[str, Any], where: str) -> bool:

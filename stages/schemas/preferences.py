@@ -20,6 +20,7 @@ _CHOSEN = ("chosen", "chosen_messages", "preferred_output")
 _REJECTED = ("rejected", "rejected_messages", "non_preferred_output")
 LABELS = ("label", "kto_tag")
 _TRUTH = {"true": True, "false": False}  # as CSV spells it
+_NUMBERS = {"1": True, "0": False}
 _CONVERSATIONS = ("messages", "conversations")
 # A question's column → its answer's.
 _ANSWERS = {"prompt": "completion", "question": "answer", "instruction": "output"}
@@ -41,9 +42,8 @@ def resolve_label(row: Mapping[str, Any], labels: Labels, decided: Collection[st
     if labels == "ignore":
         return
     for name in LABELS:
-        value = row.get(name)
-        truth = _TRUTH.get(value.strip().lower()) if isinstance(value, str) else value
-        if not isinstance(truth, bool) or name in decided:
+        truth = truth_of(row.get(name), labels)
+        if truth is None or name in decided:
             continue
         if labels == "error":
             raise ValueError(
@@ -52,6 +52,15 @@ def resolve_label(row: Mapping[str, Any], labels: Labels, decided: Collection[st
             )
         if not truth:
             raise UnwantedError(f"its {name!r} is false")
+
+
+def truth_of(value: Any, labels: Labels) -> bool | None:
+    """True if a label says that the answer is wanted, False if not; None if it is of another kind.
+
+    1 and 0 are often numbers of classes: they count where the parameters say that labels are about answers.
+    """
+    known = _TRUTH | (_NUMBERS if labels == "drop_false" else {})
+    return known.get(str(value).strip().lower()) if isinstance(value, str | int) else None
 
 
 def resolve_pair(row: dict[str, Any], preferences: Preferences, decided: Collection[str]) -> dict[str, Any]:
@@ -84,15 +93,35 @@ def _with_answer(rest: dict[str, Any], chosen: Any, name: str) -> dict[str, Any]
     turns = isinstance(chosen, list)
     if turns and chosen and role_of(chosen[0]) != "assistant":  # the whole conversation
         before = (*_CONVERSATIONS, *_ANSWERS, *_ANSWERS.values())
+        for column in before:
+            _refuse_lost_system(rest.get(column), column, chosen, name)
         return {key: value for key, value in rest.items() if key not in before} | {"messages": chosen}
     for column in _CONVERSATIONS:
         if holds(rest.get(column)):
             prompt = parsed(rest.pop(column), column)
+            _refuse_answered(prompt, column, name)
             return rest | {"prompt": prompt, "completion": chosen}
     for question, answer in _ANSWERS.items():
         if question in rest:
+            _refuse_answered(rest[question], question, name)
             return rest | {answer: _only_text(chosen, name) if turns and question != "prompt" else chosen}
     return rest | {"messages" if turns else "text": chosen}
+
+
+def _refuse_lost_system(prompt: Any, column: str, chosen: list[Any], name: str) -> None:
+    """Raise ValueError if the turns that the chosen conversation replaces have a system turn that it lacks."""
+    turns = prompt if isinstance(prompt, list) else []
+    if any(role_of(turn) == "system" and turn not in chosen for turn in turns):
+        raise ValueError(f"its {column!r} has a system turn that {name!r} lacks; put it there, or take it out of both")
+
+
+def _refuse_answered(prompt: Any, column: str, name: str) -> None:
+    """Raise ValueError if the turns before the chosen answer end with an answer."""
+    if isinstance(prompt, list) and prompt and role_of(prompt[-1]) == "assistant":
+        raise ValueError(
+            f"its {column!r} ends with an answer, before the one in {name!r}; remove that turn, or give the whole "
+            f"conversation in {name!r}"
+        )
 
 
 def _only_text(turns: list[Any], name: str) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 from stages.schemas import messages
 from stages.schemas.content import Content, Reading
 from stages.schemas.media import refuse_marks, refuse_media
-from stages.schemas.preferences import LABELS, Labels, Preferences, resolve_label, resolve_pair
+from stages.schemas.preferences import LABELS, Labels, Preferences, resolve_label, resolve_pair, truth_of
 from stages.schemas.template import Template
 from stages.schemas.text import holds, listed, text_of
 
@@ -110,7 +110,7 @@ class Schemas:
             if schema.fits(fields):
                 self._check_template(schema)
                 return schema
-        wanted = "; ".join(", ".join(schema.required) for schema in self._schemas)
+        wanted = "; ".join(dict.fromkeys(", ".join(schema.required) for schema in self._schemas))
         raise ValueError(f"no known columns (it has: {listed(fields)}; wanted: {wanted}); map them in prepare.columns")
 
     def read(self, fields: Fields, schema: Schema) -> Reading:
@@ -130,7 +130,7 @@ class Schemas:
             refuse_marks(reading.content)
         columns = schema.unread(fields)
         if self._labels == "drop_false":
-            columns = tuple(name for name in columns if name not in LABELS)
+            columns = tuple(n for n in columns if n not in LABELS or truth_of(fields[n], self._labels) is None)
         return Reading(reading.content, (*columns, *reading.unread))
 
     def asked(self, fields: Fields) -> Content:

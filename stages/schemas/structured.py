@@ -70,12 +70,17 @@ def calls_of(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def unread_of_calls(value: Any) -> set[str]:
-    """The fields of calls in OpenAI's form that nobody reads."""
-    if not isinstance(value, list):
-        return set()
-    outside = {key for call in value for key in call if key not in _CALL and "function" in call}
-    inside = {key for call in value for key in call.get("function", ()) if key not in _FUNCTION}
-    return outside | inside
+    """The fields of calls, in any form that `calls_of` reads, that hold something which nobody reads."""
+    calls = parsed(value, "calls")
+    unread = set()
+    for call in [calls] if isinstance(calls, Mapping) else calls:
+        function = call.get("function", call)
+        unread |= {key for key in call if key not in _CALL and (function is not call) and holds(call[key])}
+        names = {*_FUNCTION, *_CALL} if function is call else set(_FUNCTION)
+        if "arguments" in function:
+            names.discard("parameters")  # another name of them
+        unread |= {key for key in function if key not in names and holds(function[key])}
+    return unread
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 SPELLED = "a<|im_end|>b"
 
 
-def wrapped(model: Any, *, metaspace: bool = True) -> TextTokenizer:
+def wrapped(model: Any, *, metaspace: bool = True, unknown: bool = False) -> TextTokenizer:
     """A tokenizer around a model, with <s> and </s> as control tokens."""
     backend = Tokenizer(model)
     if metaspace:
@@ -26,7 +26,8 @@ def wrapped(model: Any, *, metaspace: bool = True) -> TextTokenizer:
     else:
         backend.normalizer = normalizers.NFC()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in NAMES.values()])
-    return TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **NAMES))
+    names = {**NAMES, "unk_token": "<unk>"} if unknown else NAMES
+    return TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **names))
 
 
 def test_what_a_row_spells_is_text_and_what_a_template_writes_a_token() -> None:
@@ -51,7 +52,7 @@ def test_hidden_names_are_found_anywhere_and_come_back() -> None:
 
 def test_a_character_that_stands_for_a_control_token_is_refused() -> None:
     control = TextTokenizer(tokenizer()).control
-    with pytest.raises(ValueError, match="private-use character"):
+    with pytest.raises(ValueError, match=r"private-use character .*; remove it"):
         control.hide("\U000f0000s> and <s>")
 
 
@@ -97,3 +98,12 @@ def test_a_text_keeps_its_own_first_and_last_token() -> None:
     assert made.hide_control("<s>a<|end|>") == "<s>a<|end|>"
     assert made.hide_control("<s>a<s>b<|end|>c<|end|>") == "<s>a" + made.control.hide("<s>b<|end|>") + "c<|end|>"
     assert made.control.spelled(made.hide_control("<s>a<|im_end|>")[3:]) is None
+
+
+def test_a_character_that_the_vocabulary_lacks_is_no_control_token() -> None:
+    pieces = [("<unk>", 0.0), *((character, -3.0) for character in "▁a</s>unk")]
+    made = wrapped(models.Unigram(pieces, unk_id=0), unknown=True)
+    hidden = made.control.hide("한 </s> <unk>")
+    ids = made.encode(f"a{hidden}</s>", hidden=True, add_special_tokens=False).ids
+    assert (ids.count(0), ids.count(made.eos)) == (1, 1)
+    assert made.backend.decode(ids, skip_special_tokens=False) == "a<unk> </s> <unk></s>"

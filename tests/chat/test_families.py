@@ -240,3 +240,13 @@ def test_counts_make_up_the_turns(name: str) -> None:
     assert result.counts["assistant_turns"] == 2
     assert (result.counts["trained_answers"], result.counts["answers_masked"]) == (1, 1)
     assert json.dumps(result.counts)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"days": 3}, {"city": None}])
+def test_a_call_and_a_result_without_text_part_two_answers_whose_thought_is_left_out(arguments: dict[str, Any]) -> None:
+    turns = [TALK[0], {**call(**arguments), "reasoning_content": "hm"}, {"role": "tool", "content": ""}, *TALK[1:]]
+    made = chat_template(FAMILIES["qwen3"].template, family=FAMILIES["qwen3"])
+    [first, second, last] = said(made.conversation(turns, TOOLS))
+    written = json.dumps(arguments)
+    assert first == f'<tool_call>\n{{"name": "weather", "arguments": {written}}}\n</tool_call><|im_end|>'
+    assert (second, last) == ("ONE<|im_end|>", "<think>\n\n</think>\n\nTWO<|im_end|>")

@@ -195,3 +195,30 @@ def test_a_call_that_is_not_rendered_whole_is_refused(written: str) -> None:
     end = "}}{% for c in m.tool_calls %}{{ c.function." + written + " }}{% endfor %}{{ '<|im_end|>"
     with pytest.raises(ValueError, match=r"leaves out the tool calls of turn 2 \(assistant\) of user, assistant"):
         chat_template(CHATML.replace("+ '<|im_end|>", end)).conversation(turns, None)
+
+
+@pytest.mark.parametrize("number", [31, -2.5, 1e-9, 10**30])
+def test_a_number_of_a_call_that_is_not_rendered_is_refused(number: float) -> None:
+    calls = [{"function": {"name": "look", "arguments": {"times": [number]}}}]
+    turns: list[dict[str, Any]] = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": calls}]
+    start = "}}{% for c in m.tool_calls %}{{ c.function.name }} times "
+    end = "{% endfor %}{{ '<|im_end|>"
+    kept = CHATML.replace("+ '<|im_end|>", start + "{{ c.function.arguments.times | tojson }}" + end)
+    assert len(said(chat_template(kept).conversation(turns, None))) == 1
+    with pytest.raises(ValueError, match=r"leaves out the tool calls of turn 2 .*; give one that knows them"):
+        chat_template(CHATML.replace("+ '<|im_end|>", start + end)).conversation(turns, None)
+
+
+def test_the_start_of_the_next_turn_is_no_end_of_a_marked_answer() -> None:
+    answer = "{% generation %}{{ m.content }}{% endgeneration %}"
+    open_ended = HEAD + (
+        "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        + answer
+        + "{% else %}{{ m.content }}{% endif %}"
+        "{{ '\n' }}"
+    )
+    assert learned(open_ended + TAIL) == ["ONE", "TWO"]
+    assert learned((open_ended + TAIL).replace("{{ '\n' }}", "{{ '<|im_end|>\n' }}")) == [
+        "ONE<|im_end|>",
+        "TWO<|im_end|>",
+    ]

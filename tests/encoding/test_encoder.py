@@ -241,6 +241,17 @@ def test_a_thought_is_dropped_with_its_tags(content: str) -> None:
     assert learned(changed(3, content=content), thoughts="drop")[1] == "ww<|im_end|>"
 
 
+@pytest.mark.parametrize("said", [{"content": "<think>hm</think>\n"}, {"content": "", "reasoning_content": "hm"}])
+def test_an_answer_that_holds_only_a_thought_is_refused_where_thoughts_are_dropped(said: dict[str, Any]) -> None:
+    refused = encode(changed(3, **said), thoughts="drop")
+    assert refused.reason == "bad"
+    assert refused.message.startswith(
+        "f:2: turn 4 (assistant) holds only a thought, which tokenize.thoughts: drop takes"
+    )
+    called = changed(3, **said, tool_calls=[{"function": {"name": "f", "arguments": {}}}])
+    assert "holds only a thought" not in encode(called, thoughts="drop").message
+
+
 def test_tags_of_thoughts_within_an_answer_are_its_words() -> None:
     row = changed(3, content="say <think>hm</think>")
     for mode in ("train", "mask", "drop"):

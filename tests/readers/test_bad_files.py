@@ -127,7 +127,11 @@ BAD: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", chat(BOT, "hello"), "{}:1: turn 2 must be an object such as"),
     ("a.jsonl", chat(USER, {"content": "x"}), "{}:1: turn 2 has no 'role'; name who speaks, such as user or assistant"),
     ("a.jsonl", chat({"role": "oracle", "content": "x"}), "{}:1: turn 1 has the unknown role 'oracle'; known: system"),
-    ("a.jsonl", chat(USER, {"role": "assistant"}), "{}:1: turn 2 (assistant): has no 'content'"),
+    (
+        "a.jsonl",
+        chat(USER, {"role": "assistant"}),
+        "{}:1: turn 2 (assistant) has no 'content' (it has: role); give it one",
+    ),
     ("a.jsonl", chat({"role": "user", "content": {}}), "{}:1: turn 1 (user): 'content' must be text, not dict"),
     ("a.jsonl", chat({"role": "user", "content": [1]}), "{}:1: turn 1 (user): part 1 of 'content' must be text, as"),
     (

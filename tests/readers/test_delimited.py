@@ -80,3 +80,8 @@ def test_other_words_are_no_missing_value(tmp_path: Path, word: str) -> None:
     [row] = read(tmp_path, f"a,b\nx,{word}\n")
     assert isinstance(row, RawRow)
     assert (row.fields, row.missing) == ({"a": "x", "b": word}, ())
+
+
+def test_lines_that_end_in_a_carriage_return_alone_are_refused(tmp_path: Path) -> None:
+    [bad] = read(tmp_path, "a,b\r1,2\r")
+    assert "a.csv:1: a carriage return alone ends a line; save the file with \\n or \\r\\n at the ends of" in str(bad)

@@ -179,7 +179,7 @@ def test_a_conversation_of_nothing_is_empty() -> None:
 def test_fields_that_nobody_reads_are_named() -> None:
     call = {"index": 0, "type": "function", "function": {"name": "f", "arguments": {}, "strict": True}}
     turns = [
-        {**ASKED, "name": "Ann", "weight": 1, "time": None},
+        {**ASKED, "name": "Ann", "weight": 1, "time": None, "tags": [], "note": " "},
         {"role": "assistant", "content": "", "tool_calls": [call], "model": "m"},
         {"role": "tool", "content": "x", "name": "f", "tool_call_id": "c1"},
     ]
@@ -187,3 +187,52 @@ def test_fields_that_nobody_reads_are_named() -> None:
     assert unread == {"messages.name", "messages.index", "messages.strict", "messages.model"}
     assert messages[0] == ASKED
     assert messages[2] == {"role": "tool", "content": "x", "name": "f", "tool_call_id": "c1"}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": None, "refusal": "Left."},
+        {"content": "", "refusal": "Left."},
+        {"content": [{"type": "refusal", "refusal": "Left."}]},
+        {"content": "Left.", "refusal": None},
+    ],
+)
+def test_a_refusal_is_an_answer(said: dict[str, Any]) -> None:
+    assert answer(**said) == {"role": "assistant", "content": "Left."}
+
+
+def test_a_refusal_beside_an_answer_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"turn 2 \(assistant\) has a 'content' and a 'refusal'; keep the one"):
+        answer(refusal="No.")
+    with pytest.raises(ValueError, match="'refusal' must be text, not list"):
+        answer(content=None, refusal=["No."])
+
+
+def test_a_turn_without_content_is_refused_with_the_fields_that_it_has() -> None:
+    with pytest.raises(ValueError, match=r"turn 1 \(human\) has no 'content' \(it has: from, text\); give it one"):
+        read({"from": "human", "text": "Which way?", "value": None})
+
+
+def test_two_names_of_a_thought_say_the_same_or_are_refused() -> None:
+    assert answer(reasoning_content="Hm.", thinking="Hm.")["reasoning_content"] == "Hm."
+    assert answer(reasoning_content="", thinking="Hm.")["reasoning_content"] == "Hm."
+    with pytest.raises(ValueError, match="'reasoning_content' and 'thinking' say different things; keep one"):
+        answer(reasoning_content="Hm.", thinking="Oh.")
+
+
+@pytest.mark.parametrize(
+    ("turn", "fields"),
+    [
+        ({"tool_calls": [{"name": "f", "arguments": {}, "result": "r"}]}, {"result"}),
+        ({"tool_calls": [{"name": "f", "arguments": {}, "parameters": {"to": "left"}}]}, {"parameters"}),
+        ({"tool_calls": '[{"function": {"name": "f", "strict": true}, "index": 0}]'}, {"strict", "index"}),
+        ({"function_call": {"name": "f", "arguments": "{}", "note": "n"}}, {"note"}),
+        ({"role": "function_call", "content": '{"name": "f", "arguments": {}, "note": "n"}'}, {"note"}),
+        ({"tool_calls": [{"name": "f", "parameters": {}, "result": None}]}, set()),
+        ({"function_call": {"name": "f", "arguments": "{}"}, "tool_calls": []}, set()),
+    ],
+)
+def test_fields_of_calls_that_nobody_reads_are_named(turn: dict[str, Any], fields: set[str]) -> None:
+    _, unread = messages_of([{"role": "assistant", "content": "", **turn}], "messages")
+    assert unread == {f"messages.{field}" for field in fields}

@@ -114,3 +114,36 @@ def test_a_label_is_refused_or_its_false_rows_dropped(name: str, true: Any, rest
 @pytest.mark.parametrize("label", [0, 1, "spam", None, "1"])
 def test_labels_of_another_kind_are_no_labels_of_answers(label: Any) -> None:
     assert read({"prompt": "q", "completion": "good", "label": label}) == {"messages": [ASKED, ANSWERED]}
+
+
+@pytest.mark.parametrize(("true", "false"), [(1, 0), ("1", "0")])
+def test_numbers_are_labels_of_answers_where_labels_are_read(true: Any, false: Any) -> None:
+    row = {"prompt": "q", "completion": "good"}
+    assert read(row | {"label": true}, labels="drop_false") == {"messages": [ASKED, ANSWERED]}
+    with pytest.raises(UnwantedError):
+        read(row | {"label": false}, labels="drop_false")
+
+
+@pytest.mark.parametrize(("label", "unread"), [(1, ()), (True, ()), (2, ("label",)), ("spam", ("label",))])
+def test_a_label_of_another_kind_is_named_as_not_read(label: Any, unread: tuple[str, ...]) -> None:
+    schemas = Schemas(None, labels="drop_false")
+    row = {"prompt": "q", "completion": "good", "label": label}
+    assert schemas.read(row, schemas.detect(row)).unread == unread
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "prompt"])
+@pytest.mark.parametrize("chosen", ["good", ANSWERED, [ANSWERED]])
+def test_a_chosen_answer_after_another_answer_is_refused(column: str, chosen: Any) -> None:
+    row = {column: [ASKED, EARLIER], "chosen": chosen, "rejected": WORSE}
+    with pytest.raises(ValueError, match=f"its '{column}' ends with an answer, before the one in 'chosen'; remove"):
+        read(row, preferences="chosen")
+
+
+@pytest.mark.parametrize("column", ["prompt", "messages", "conversations"])
+def test_a_system_turn_that_the_chosen_conversation_lacks_is_refused(column: str) -> None:
+    system = {"role": "system", "content": "Be short."}
+    row = {column: [system, ASKED], "chosen": [ASKED, ANSWERED], "rejected": [ASKED, WORSE]}
+    with pytest.raises(ValueError, match=f"its '{column}' has a system turn that 'chosen' lacks; put it there"):
+        read(row, preferences="chosen")
+    whole = row | {"chosen": [system, ASKED, ANSWERED]}
+    assert read(whole, preferences="chosen") == {"messages": [system, ASKED, ANSWERED]}

@@ -219,3 +219,9 @@ def test_a_row_of_prompts_may_have_the_same_beside_it() -> None:
         Schemas(TEMPLATE).asked(row)
     with pytest.raises(ValueError, match="holds image"):
         Schemas(TEMPLATE).asked({"question": "q", "image": "a.png"})
+
+
+def test_columns_that_the_template_wants_too_are_named_once() -> None:
+    with pytest.raises(ValueError, match="no known columns") as caught:
+        reading({"frage": "q"}, "{question}{answer}")
+    assert str(caught.value).count("question, answer") == 1

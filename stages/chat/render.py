@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,12 @@ def render(
     ask: bool,
     date: str,
     names: Mapping[str, Any],
+    calls_as_text: bool = False,
 ) -> Render:
     """The conversation as text; with `ask`, followed by the generation prompt. `names`: the special tokens'.
+
+    Some templates (DeepSeek's) want the arguments of a tool call as JSON text, and no content beside it:
+    `calls_as_text`.
 
     Raises:
         ValueError: the template rejects it.
@@ -39,7 +44,7 @@ def render(
     from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
     variables = {
-        "messages": [_as_templates_read(message) for message in messages],
+        "messages": [_as_templates_read(message, calls_as_text=calls_as_text) for message in messages],
         "tools": list(tools) if tools else None,
         "documents": None,
         "add_generation_prompt": ask,
@@ -63,7 +68,17 @@ def roles(messages: Sequence[Message]) -> str:
     return ", ".join(str(message["role"]) for message in messages[:12])
 
 
-def _as_templates_read(message: Message) -> Message:
+def _as_templates_read(message: Message, *, calls_as_text: bool) -> Message:
     """Without the project's own flag; a thought under both of the names that templates know."""
     read = {key: value for key, value in message.items() if key != "train"}
+    if calls_as_text and (calls := read.get("tool_calls")):
+        read["tool_calls"] = [_with_text(call) for call in calls]
+        read["content"] = read["content"] if read["content"].strip() else None
     return {"thinking": read["reasoning_content"], **read} if read.get("reasoning_content") else read
+
+
+def _with_text(call: Message) -> Message:
+    """A tool call with its arguments as JSON text."""
+    function = call.get("function") or {}
+    text = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}

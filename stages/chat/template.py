@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from stages.chat.borders import Writer
@@ -65,13 +66,27 @@ class ChatTemplate:
         ValueError: on use, if there is none.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None, *, date: str, control: ControlTokens) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None = None,
+        *,
+        date: str,
+        control: ControlTokens,
+        calls_as_text: bool = False,
+    ) -> None:
         self._tokenizer, self._given, self._date, self._control = tokenizer, template, date, control
+        self._calls_as_text = calls_as_text
         self._names = dict(tokenizer.special_tokens_map)
         self._writer = Writer(lambda turns, tools, ask: self._render(turns, tools, ask).text, control.pattern)
         self._maker = SkeletonMaker(self._writer)
         self._skeleton = lru_cache(_SKELETONS)(self._make_skeleton)
         self._used: set[str] = set()
+
+    @cached_property
+    def _with_calls_as_text(self) -> ChatTemplate:
+        """The same template, which is given the arguments of tool calls as JSON text."""
+        return ChatTemplate(self._tokenizer, self._given, date=self._date, control=self._control, calls_as_text=True)
 
     @property
     def used_hash(self) -> str:
@@ -95,6 +110,8 @@ class ChatTemplate:
         Raises:
             ValueError: the template rejects it, or leaves out the tools.
         """
+        if self._wants_calls_as_text(messages, tools):
+            return self._with_calls_as_text.ask(messages, tools)
         text = self._render(messages, tools, True).text
         if tools and self._writer.try_render(messages, None, ask=True) == text:
             raise ValueError(TOOLS_LEFT_OUT)
@@ -106,6 +123,26 @@ class ChatTemplate:
         Raises:
             ValueError: the template rejects the conversation, or leaves out, changes or moves something of it.
         """
+        try:
+            return self._conversation(messages, tools)
+        except ValueError:
+            if not self._wants_calls_as_text(messages, tools):
+                raise
+            return self._with_calls_as_text.conversation(messages, tools)
+
+    def _wants_calls_as_text(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> bool:
+        """True if these turns are rendered whole only with the arguments of their tool calls as JSON text."""
+        if self._calls_as_text or not any(message.get("tool_calls") for message in messages):
+            return False
+        with suppress(ValueError):
+            self._conversation(messages, tools)
+            return False
+        with suppress(ValueError):
+            self._with_calls_as_text._conversation(messages, tools)
+            return True
+        return False
+
+    def _conversation(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> Conversation:
         made = self._render(messages, tools, False)
         turns, strings = marked(messages, around=False)
         try:
@@ -131,7 +168,15 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None, ask: bool) -> Render:
         template = self.source(tools)
         self._used.add(template)
-        return render(template, messages, tools, ask=ask, date=self._date, names=self._names)
+        return render(
+            template,
+            messages,
+            tools,
+            ask=ask,
+            date=self._date,
+            names=self._names,
+            calls_as_text=self._calls_as_text,
+        )
 
     def _make_skeleton(self, key: str) -> Skeleton:
         turns, tools = json.loads(key)

@@ -24,9 +24,10 @@ _ROLES = {
     "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
 _CALLING = ("function_call", "tool_call")
-_FLAGS = ("weight", "train", "training", "trainable")
+_FLAGS = ("weight", "train", "training", "trainable", "loss")  # 1 or true: learned
+_MASKS = ("masked",)  # 1 or true: not learned
 _THOUGHTS = ("reasoning_content", "thinking")
-_READ_ALWAYS = {"role", "from", "content", "value", *_FLAGS}
+_READ_ALWAYS = {"role", "from", "content", "value", *_FLAGS, *_MASKS}
 _READ = {
     "system": _READ_ALWAYS,
     "user": _READ_ALWAYS,
@@ -178,7 +179,7 @@ def _thoughts(fields: Mapping[str, Any], where: str) -> str:
 
 def _is_trained(fields: Mapping[str, Any], where: str) -> bool:
     """False if one of the turn's flags says that it must not be learned."""
-    for name in _FLAGS:
+    for name in (*_FLAGS, *_MASKS):
         if name in fields and fields[name] not in (0, 1):  # as true and false are
             raise ValueError(f"{where}: {name!r} is {fields[name]!a}; a turn is learned or not: make it 1 or 0")
-    return all(fields.get(name, 1) for name in _FLAGS)
+    return all(fields.get(name, 1) for name in _FLAGS) and not any(fields.get(name, 0) for name in _MASKS)

@@ -222,3 +222,23 @@ def test_the_start_of_the_next_turn_is_no_end_of_a_marked_answer() -> None:
         "ONE<|im_end|>",
         "TWO<|im_end|>",
     ]
+
+
+def test_a_template_that_wants_arguments_as_text_and_no_content_gets_them() -> None:
+    """As DeepSeek's are: a call is written only where there is no content, by joining strings."""
+    template = (
+        f"{HEAD}{{% if m.content is none %}}{{{{ '<|im_start|>assistant\n' }}}}{{% for c in m.tool_calls %}}"
+        "{{ c.function.name + ' ' + c.function.arguments }}{% endfor %}{{ '<|im_end|>\n' }}"
+        f"{{% else %}}{{{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}}}{{% endif %}}{TAIL}"
+    )
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "부산", "days": 2}}}
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "rain?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "no"},
+        {"role": "assistant", "content": "It is dry."},
+    ]
+    made = chat_template(template)
+    expected = ['weather {"city": "부산", "days": 2}<|im_end|>', "It is dry.<|im_end|>"]
+    assert said(made.conversation(turns, None)) == expected
+    assert made.ask(turns[:3], None).endswith(expected[0] + "\n<|im_start|>tool\nno<|im_end|>\n<|im_start|>assistant\n")

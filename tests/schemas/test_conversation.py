@@ -26,14 +26,24 @@ def called(name: str = "turn", **arguments: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"trainable": False}]
+    "flag",
+    [
+        {"weight": 0},
+        {"weight": 0.0},
+        {"train": False},
+        {"training": False},
+        {"trainable": False},
+        {"loss": 0},
+        {"masked": True},
+    ],
 )
 def test_a_flag_marks_an_answer_as_not_to_be_learned(flag: dict[str, Any]) -> None:
     assert answer(**flag) == {"role": "assistant", "content": "Left.", "train": False}
 
 
 @pytest.mark.parametrize(
-    "flag", [{"weight": 1}, {"weight": 1.0}, {"train": True}, {"training": True}, {"trainable": None}, {}]
+    "flag",
+    [{"weight": 1}, {"weight": 1.0}, {"train": True}, {"training": True}, {"trainable": None}, {"masked": False}, {}],
 )
 def test_a_flag_that_says_to_learn_is_left_out(flag: dict[str, Any]) -> None:
     assert answer(**flag) == {"role": "assistant", "content": "Left."}

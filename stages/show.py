@@ -11,7 +11,7 @@ import typer
 from stages.cli import console
 from stages.files.outputs import read_json
 
-_REMEDY = "make it anew with: dvc repro"
+_REMEDY = "make it with: dvc repro"
 
 
 def show(

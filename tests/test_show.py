@@ -49,7 +49,7 @@ def test_scores_and_samples_are_shown(metrics: Path, samples: Path, capsys: pyte
 )
 def test_damaged_metrics_are_named(metrics: Path, samples: Path, content: bytes, said: str) -> None:
     metrics.write_bytes(content)
-    with pytest.raises(ValueError, match=r"; make it anew with: dvc repro$") as failure:
+    with pytest.raises(ValueError, match=r"; make it with: dvc repro$") as failure:
         show(metrics, samples, 1)
     assert said in str(failure.value)
 
@@ -65,7 +65,7 @@ def test_damaged_metrics_are_named(metrics: Path, samples: Path, content: bytes,
 )
 def test_damaged_samples_are_named_with_their_line(metrics: Path, samples: Path, content: bytes, said: str) -> None:
     samples.write_bytes(content)
-    with pytest.raises(ValueError, match=r"; make it anew with: dvc repro$") as failure:
+    with pytest.raises(ValueError, match=r"; make it with: dvc repro$") as failure:
         show(metrics, samples, 1)
     assert said in str(failure.value)
 
@@ -73,5 +73,5 @@ def test_damaged_samples_are_named_with_their_line(metrics: Path, samples: Path,
 @pytest.mark.parametrize("name", ["evaluate.json", "samples.jsonl"])
 def test_a_missing_file_is_named(metrics: Path, samples: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match=rf"{name}: no such file; make it anew with: dvc repro"):
+    with pytest.raises(ValueError, match=rf"{name}: no such file; make it with: dvc repro"):
         show(metrics, samples, 1)

@@ -199,7 +199,7 @@ class Runtime(Section):
 
 
 def _one_of(first: str, second: str) -> str:
-    return f"set exactly one of {first} and {second}, and the other to null, as in --set {second}=null"
+    return f"set exactly one of {first} and {second}, and the other to null: --set {first}=null or --set {second}=null"
 
 
 class Params(Section):

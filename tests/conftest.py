@@ -6,6 +6,7 @@ import atexit
 import json
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["LORABUILD_STORE"] = tempfile.mkdtemp(prefix="lorabuild-tests-")
 atexit.register(shutil.rmtree, os.environ["LORABUILD_STORE"], ignore_errors=True)
+
+# A test run in the background (nohup, or a shell's &) ignores these signals, and so would the processes that tests
+# start and interrupt. A handler that does nothing is as good here, and is not passed on.
+for kind in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(kind) == signal.SIG_IGN:
+        signal.signal(kind, lambda number, frame: None)
 
 import stages.model  # noqa: E402, F401  the BLAS comes before MLX, which test modules import first
 

@@ -1,0 +1,1 @@
+"""Scores and answers of rows → numbers with intervals, differences, sentences."""

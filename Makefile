@@ -81,6 +81,7 @@ $(BIN)/python:
 
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[$(BACKEND)]'
+	@$(BIN)/python -m stages.plots
 	@touch $@
 
 $(PEERS)/.done: pyproject.toml constraints.txt | $(BIN)/python
@@ -90,5 +91,6 @@ $(PEERS)/.done: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[$(BACKEND),dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[$(BACKEND),dev,browser]'
+	@$(BIN)/python -m stages.plots
 	@touch $@ $(VENV)/.run

@@ -2,14 +2,18 @@
 
 import typer
 
+from stages.baseline import baseline
 from stages.cli import console
+from stages.compare import compare
 from stages.doctor import doctor
 from stages.evaluate import evaluate
 from stages.fetch import fetch
 from stages.generate import generate
 from stages.inspect import inspect
 from stages.merge import merge
+from stages.plots import plots
 from stages.prepare import prepare
+from stages.report import report
 from stages.show import show
 from stages.tokenize import tokenize
 from stages.train import train
@@ -21,9 +25,9 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-for stage in (fetch, prepare, tokenize, train, evaluate, merge, generate):
+for stage in (fetch, prepare, tokenize, baseline, train, merge, evaluate, generate, report):
     app.command(rich_help_panel="Stages, in the DAG's order")(stage)
-for tool in (inspect, show, doctor):
+for tool in (inspect, show, compare, plots, doctor):
     app.command(rich_help_panel="Around them")(tool)
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Score the base model and the adapter on the same held-out tokens.
+"""Score adapter and merged model on the rows that the baseline was scored on, and compare the answers.
 
-data/tokens + artifacts/base.json + artifacts/adapter → artifacts/metrics/evaluate.json, artifacts/evaluate:
+data/tokens + artifacts/{base.json,baseline,adapter,merged} → artifacts/evaluate, artifacts/metrics/evaluate.json:
 `python -m stages.evaluate data/tokens --out artifacts/evaluate`
 """
 
@@ -8,68 +8,151 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stages.base.manifest import locate, read_manifest
+from stages.base.manifest import Manifest, locate, read_manifest
 from stages.cli import console
 from stages.files import hashes, outputs
+from stages.params import schema
 from stages.params.loading import load_params
 
 if TYPE_CHECKING:
-    from stages.lora.frozen import FrozenLayers
+    from stages.decoding.decode import Answer
     from stages.scoring.ranks import Ranks
     from stages.scoring.score import Score
     from stages.tokens.row import TokenRow
+
+MADE = ("rows.parquet", "answers.parquet", "general.parquet")
 
 
 def evaluate(
     tokens: Annotated[Path, typer.Argument(help="The folder that tokenize wrote.")] = Path("data/tokens"),
     base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
+    baseline: Annotated[Path, typer.Option(help="The folder that baseline wrote.")] = Path("artifacts/baseline"),
     adapter_dir: Annotated[Path, typer.Option("--adapter", help="The adapter's folder.")] = Path("artifacts/adapter"),
-    out: Annotated[Path, typer.Option(help="The folder to write scores of each row to.")] = Path("artifacts/evaluate"),
-    metrics: Annotated[Path, typer.Option(help="The metrics to write.")] = Path("artifacts/metrics/evaluate.json"),
+    merged_dir: Annotated[Path, typer.Option("--merged", help="The model that merge wrote.")] = Path(
+        "artifacts/merged"
+    ),
+    out: Annotated[Path, typer.Option(help="The folder to write scores and answers of each row to.")] = Path(
+        "artifacts/evaluate"
+    ),
+    metrics: Annotated[Path, typer.Option(help="The headline numbers to write.")] = Path(
+        "artifacts/metrics/evaluate.json"
+    ),
+    details: Annotated[Path, typer.Option(help="All numbers, with their intervals.")] = Path(
+        "artifacts/details/evaluate.json"
+    ),
     timing: Annotated[Path, typer.Option(help="Where to write the speed.")] = Path("artifacts/timing/evaluate.json"),
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:
-    """Loss, perplexity, bits per byte and token accuracy of base and adapter on every row of the test split.
+    """Loss, accuracy and answers of the fine-tuned model beside the base model's, each with its 95% interval.
 
-    Under `mlx.launch` its processes share out the rows; the first of them talks and writes.
+    Under `mlx.launch` its processes share out the rows; the first of them answers, talks and writes.
     """
-    from stages.lora import adapter
-    from stages.lora.execution import set_up
-    from stages.model.load import load_base
+    from stages.results import summary
     from stages.scoring.ranks import join
     from stages.tokens.parquet import read_tokens
 
     ranks = join()
     console.follow(ranks.rank)
+
+    # Load
     settings = load_params(params_file, overrides or ())
-    outputs.refuse_foreign(out, ["rows.parquet"], inputs=[tokens, adapter_dir])
+    outputs.refuse_foreign(out, MADE, inputs=[tokens, adapter_dir, baseline, merged_dir])
     manifest = read_manifest(base_file)
     rows = read_tokens(tokens / "test.parquet", tokenizer=manifest.tokenizer_identity)
-    if not rows:
-        raise ValueError(
-            f"{tokens / 'test.parquet'}: no rows to evaluate on; raise prepare.test_fraction or prepare.test_rows"
-        )
-    ranks.check_equal(
-        {
-            "params": settings.model_dump(include={"evaluate", "model"}),
-            "tokens": hashes.sha256(tokens / "test.parquet"),
-            "base": manifest.identity,
-        }
-    )
+    tables = _read_baseline(baseline, rows, manifest.identity)
+    if settings.evaluate.slice_by is not None:
+        summary.check_slice(tables["rows"], settings.evaluate.slice_by)
+    if not (merged_dir / "config.json").exists():
+        raise ValueError(f"{merged_dir}: no merged model; make it with: python -m stages.merge")
+    _check_equal(ranks, settings, manifest, [tokens / "test.parquet", baseline / "general.parquet"])
+    texts = _general_rows(tables["general"])
+
+    # Score and answer
+    began = time.perf_counter()
+    with _adapter_of_rank_0(adapter_dir, ranks) as folder:
+        adapter_scores = _score_adapter(folder, manifest, [*rows, *texts], settings, ranks)
+    seconds = {"adapter": time.perf_counter() - began}
+    began = time.perf_counter()
+    prompts = tables["answers"]["prompt_ids"].to_pylist() if ranks.rank == 0 else []
+    merged_scores, answers = _score_merged(merged_dir, rows, prompts, settings, ranks)
+    seconds["merged"] = time.perf_counter() - began
+    if ranks.rank:
+        return
+
+    # Write
+    tables = _with_tuned(tables, adapter_scores, merged_scores, answers)
+    numbers = summary.summarize(tables, settings.evaluate, max_tokens=settings.generate.max_tokens)
+    with outputs.replacing(out) as draft:
+        _write_tables(draft, tables, manifest.identity)
+    outputs.write_json(details, numbers)
+    outputs.write_json(metrics, summary.headline(numbers))
+    outputs.write_json(timing, {f"{name}_seconds": round(taken, 2) for name, taken in seconds.items()})
+    for title, header, lines in summary.shown(numbers):
+        console.table(title, header, lines)
+    console.say(f"{numbers['sentence']} → {out}")
+    if numbers["power"]:
+        console.say(numbers["power"])
+    summary.check_forgetting(numbers)
+
+
+def _read_baseline(folder: Path, rows: Sequence[TokenRow], base: str) -> dict[str, Any]:
+    """The baseline's tables, whose rows must be these.
+
+    Raises:
+        ValueError: a table is missing, or is of other rows or of another base model.
+    """
+    from stages.tables.parquet import read_table
+
+    columns = {
+        "rows": ("id", "tokens", "bytes", "base_loss", "base_correct"),
+        "answers": ("id", "prompt_ids", "reference", "base"),
+        "general": ("input_ids", "language", "tokens", "base_loss"),
+    }
+    tables = {
+        name: read_table(folder / f"{name}.parquet", names, base=base, made_by="baseline")
+        for name, names in columns.items()
+    }
+    if tables["rows"]["id"].to_pylist() != [row.id for row in rows]:
+        raise ValueError(f"{folder}: of other test rows; make it anew with: python -m stages.baseline")
+    return tables
+
+
+def _check_equal(ranks: Ranks, settings: schema.Params, manifest: Manifest, files: Sequence[Path]) -> None:
+    params = settings.model_dump(include={"evaluate", "model"})
+    ranks.check_equal({"params": params, "base": manifest.identity, "tokens": [hashes.sha256(path) for path in files]})
+
+
+def _general_rows(table: Any) -> list[TokenRow]:
+    """The general texts as token rows that are scored whole."""
+    import numpy as np
+
+    from stages.tokens.row import TokenRow
+
+    all_ids = [np.array(ids, np.int32) for ids in table["input_ids"].to_pylist()]
+    return [TokenRow("", "", ids, np.arange(len(ids)) > 0, 0, False) for ids in all_ids]
+
+
+def _score_adapter(
+    folder: Path, manifest: Manifest, rows: Sequence[TokenRow], settings: schema.Params, ranks: Ranks
+) -> list[Score]:
+    """Each row's score by the base model with the adapter."""
+    from stages.lora import adapter
+    from stages.lora.execution import set_up
+    from stages.measuring.scores import score_all
+    from stages.model.load import load_base
+
     with console.progress("loading the base model"):
         model, _ = load_base(
             locate(manifest), dtype=settings.model.dtype, trust_remote_code=settings.model.trust_remote_code
         )
-    size = settings.evaluate.batch_size
-    with _adapter_of_rank_0(adapter_dir, ranks) as folder:
         execution = set_up(
             model,
             rows,
@@ -78,34 +161,40 @@ def evaluate(
             base=manifest.identity,
             cache_gb=settings.runtime.cache_gb,
         )
-        for note in execution.notes:
-            console.say(note)
-        began = time.perf_counter()
-        scores = {"base": _score(model, rows, size, "base", ranks, execution.frozen)}
-        seconds = {"base": time.perf_counter() - began}
         adapter.load(model, folder)
-    began = time.perf_counter()
-    scores["adapter"] = _score(model, rows, size, "adapter", ranks, execution.frozen)
-    seconds["adapter"] = time.perf_counter() - began
+    for note in execution.notes:
+        console.say(note)
+    with console.progress("scoring the adapter", total=len(rows)) as advance:
+        size = settings.evaluate.batch_size
+        scores = score_all(model, rows, batch_size=size, ranks=ranks, frozen=execution.frozen, advance=advance)
     if problem := execution.close():
         console.warn(problem)
-    if ranks.rank == 0:
-        _write(rows, scores, seconds, out=out, metrics=metrics, timing=timing)
+    return scores
 
 
-def _score(
-    model: Any, rows: list[TokenRow], batch_size: int, name: str, ranks: Ranks, frozen: FrozenLayers | None
-) -> list[Score]:
-    """Each row's score, in the order of the rows, whichever rank scored it."""
-    from stages.scoring.score import gather_scores, score_rows
+def _score_merged(
+    folder: Path, rows: Sequence[TokenRow], prompts: Sequence[Sequence[int]], settings: schema.Params, ranks: Ranks
+) -> tuple[list[Score], list[Answer]]:
+    """Each row's score by the merged model, and its answers to the prompts."""
+    from stages.decoding.answers import answers_of
+    from stages.decoding.decode import load_decoder
+    from stages.lora.execution import narrow_head, use_kernels
+    from stages.measuring.scores import score_all
+    from stages.model.load import load_base
 
-    own = ranks.shard([len(row.input_ids) for row in rows])
-    with console.progress(f"scoring {name}", total=len(own)) as advance:
-        scored = {}
-        for index, score in score_rows(model, [rows[i] for i in own], batch_size=batch_size, frozen=frozen):
-            scored[own[index]] = score
-            advance(1)
-    return gather_scores(scored, rows=len(rows), ranks=ranks)
+    trust = settings.model.trust_remote_code
+    with console.progress("loading the merged model"):
+        model, config = load_base(folder, dtype=settings.model.dtype, trust_remote_code=trust)
+        if settings.model.cpu_kernels:
+            use_kernels(model, rows)
+        narrow_head(model)
+    with console.progress("scoring the merged model", total=len(rows)) as advance:
+        scores = score_all(model, rows, batch_size=settings.evaluate.batch_size, ranks=ranks, advance=advance)
+    if not prompts:
+        return scores, []
+    with console.progress("answers of the merged model", total=len(prompts)) as advance:
+        decoder = load_decoder(folder, config, trust_remote_code=trust)
+        return scores, answers_of(model, decoder, prompts, settings.generate, advance)
 
 
 @contextmanager
@@ -120,53 +209,27 @@ def _adapter_of_rank_0(directory: Path, ranks: Ranks) -> Iterator[Path]:
         yield Path(scratch) if ranks.rank else directory
 
 
-def _write(
-    rows: list[TokenRow],
-    scores: dict[str, list[Score]],
-    seconds: dict[str, float],
-    *,
-    out: Path,
-    metrics: Path,
-    timing: Path,
-) -> None:
-    """Write the scores of each row, the metrics and the speed; show the metrics."""
-    totals = {name: sum(parts[1:], parts[0]) for name, parts in scores.items()}
-    summary: dict[str, Any] = {
-        "rows": len(rows),
-        "tokens": totals["base"].tokens,
-        **{name: _figures(total) for name, total in totals.items()},
-        "rows_improved": sum(a.loss < b.loss for a, b in zip(scores["adapter"], scores["base"], strict=True)),
-    }
-    with outputs.replacing(out) as draft:
-        draft.mkdir()
-        _write_rows(draft / "rows.parquet", rows, scores)
-    outputs.write_json(metrics, summary)
-    count = sum(len(row.input_ids) for row in rows)
-    outputs.write_json(
-        timing, {f"{name}_tokens_per_second": round(count / taken, 2) for name, taken in seconds.items()}
-    )
-    console.table(
-        f"Test split: {summary['rows']:,} rows, {summary['tokens']:,} scored tokens → {metrics}",
-        ("", "base", "adapter"),
-        ((name.replace("_", " "), summary["base"][name], summary["adapter"][name]) for name in summary["base"]),
-    )
+def _with_tuned(
+    tables: dict[str, Any], adapter: Sequence[Score], merged: Sequence[Score], answers: Sequence[Answer]
+) -> dict[str, Any]:
+    """The baseline's tables with the columns of adapter and merged model."""
+    from stages.decoding.answers import with_answers
+    from stages.measuring.scores import with_scores
+    from stages.results.answers import with_answer_scores
+
+    count = len(tables["rows"])
+    rows = with_scores(with_scores(tables["rows"], "adapter", adapter[:count]), "merged", merged)
+    answered = with_answers(tables["answers"].drop_columns(["prompt_ids"]), "tuned", answers)
+    general = with_scores(tables["general"].drop_columns(["input_ids"]), "adapter", adapter[count:])
+    return {"rows": rows, "answers": with_answer_scores(answered), "general": general}
 
 
-def _figures(total: Score) -> dict[str, float]:
-    names = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
-    return {name: round(getattr(total, name), 4) for name in names}
+def _write_tables(folder: Path, tables: dict[str, Any], base: str) -> None:
+    from stages.tables.parquet import write_table
 
-
-def _write_rows(path: Path, rows: list[TokenRow], scores: dict[str, list[Score]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns: dict[str, Any] = {"id": [row.id for row in rows], "source": [row.source for row in rows]}
-    columns["tokens"] = [score.tokens for score in scores["base"]]
-    for name, parts in scores.items():
-        columns[f"{name}_loss"] = [score.loss for score in parts]
-        columns[f"{name}_correct"] = [score.correct for score in parts]
-    pq.write_table(pa.table(columns), path, compression="zstd")
+    folder.mkdir()
+    for name, table in tables.items():
+        write_table(folder / f"{name}.parquet", table, base=base)
 
 
 if __name__ == "__main__":

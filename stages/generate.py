@@ -1,6 +1,6 @@
-"""Let the base model and the merged model answer the same prompts.
+"""Let the merged model answer the prompts that the base model answered.
 
-artifacts/merged + artifacts/base.json + data/prompts.jsonl → artifacts/samples/samples.{jsonl,md}:
+artifacts/merged + artifacts/baseline → artifacts/samples/samples.{jsonl,md}:
 `python -m stages.generate artifacts/merged --out artifacts/samples`, or talk: `python -m stages generate --prompt "…"`
 """
 
@@ -8,29 +8,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
-from stages.base.manifest import locate, read_manifest
+from stages.base.manifest import read_manifest
 from stages.chat.tokenizer import load_tokenizer
 from stages.cli import console
 from stages.files import outputs
 from stages.params import schema
 from stages.params.loading import load_params
+from stages.prompting.prompts import Prompts
 from stages.readers import find
 from stages.readers.rows import strict
-
-if TYPE_CHECKING:
-    from stages.sampling.prompts import Prompt, Prompts
 
 
 def generate(
     merged: Annotated[Path, typer.Argument(help="The model directory that merge wrote.")] = Path("artifacts/merged"),
     base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
+    baseline: Annotated[Path, typer.Option(help="The folder that baseline wrote.")] = Path("artifacts/baseline"),
     prompts: Annotated[
-        Path, typer.Option(help="Rows with the columns of the template before the answer, or a `prompt`.")
-    ] = Path("data/prompts.jsonl"),
+        Path | None,
+        typer.Option(help="Answer the rows of this file instead, by the merged model alone.", show_default=False),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The folder to write samples to.")] = Path("artifacts/samples"),
     prompt: Annotated[
         str | None, typer.Option(help="Answer just this, to the terminal, by the merged model.", show_default=False)
@@ -38,75 +38,79 @@ def generate(
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:
-    """Answer every prompt with both models in batches and write the answers side by side, as JSONL and Markdown.
+    """Answer every prompt of the baseline in batches; write both models' answers, as JSONL and Markdown.
 
     With --prompt, nothing is written: the merged model's answer streams to the terminal.
     """
     settings = load_params(params_file, overrides or ())
+    directory = _require(merged)
     if prompt is not None:
-        directory = _require(merged)
-        _stream(directory, _prompts(directory, settings).of_words(prompt), settings)
+        _stream(directory, prompt, settings)
         return
-    models = {"base": locate(read_manifest(base_file)), "merged": _require(merged)}
-    maker = _prompts(models["base"], settings)
-    outputs.refuse_foreign(out, ["samples.jsonl", "samples.md"], inputs=[merged, prompts])
-    sources, _ = find.find([prompts])
-    asked = [_ask(maker, row.fields, row.place) for source in sources for row in strict(source.rows())]
-    answers = {name: _answers(directory, name, asked, settings) for name, directory in models.items()}
-    samples = [
-        {"prompt": asked[i].text, **{name: given[i] for name, given in answers.items()}} for i in range(len(asked))
-    ]
+    outputs.refuse_foreign(out, ["samples.jsonl", "samples.md"], inputs=[merged, baseline])
+    if prompts is None:
+        asked, ids = _answered(baseline / "prompts.parquet", read_manifest(base_file).identity)
+    else:
+        asked, ids = _read(prompts, _maker(directory, settings))
+    answers = _answers(directory, ids, settings)
+    samples = [{**sample, "merged": answer} for sample, answer in zip(asked, answers, strict=True)]
     with outputs.replacing(out) as draft:
         draft.mkdir()
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
         (draft / "samples.jsonl").write_bytes("".join(lines).encode())
         (draft / "samples.md").write_bytes(_markdown(samples).encode())
-    console.say(f"{len(samples)} prompts answered by base and merged model → {out}")
+    console.say(f"{len(samples)} prompts answered → {out}")
 
 
-def _answers(directory: Path, name: str, asked: list[Prompt], settings: schema.Params) -> list[str]:
-    """One model's answers, in the order of the prompts."""
+def _answered(path: Path, base: str) -> tuple[list[dict[str, str]], list[list[int]]]:
+    """The baseline's prompts with the base model's answers, and their tokens."""
+    from stages.tables.parquet import read_table
+
+    table = read_table(path, ("prompt", "prompt_ids", "base"), base=base, made_by="baseline")
+    return table.select(["prompt", "base"]).to_pylist(), table["prompt_ids"].to_pylist()
+
+
+def _read(path: Path, maker: Prompts) -> tuple[list[dict[str, str]], list[list[int]]]:
+    """The prompts of a file's rows, and their tokens."""
+    sources, _ = find.find([path])
+    made = [maker.ask(row.fields, row.place) for source in sources for row in strict(source.rows())]
+    return [{"prompt": prompt.text} for prompt in made], [prompt.ids for prompt in made]
+
+
+def _answers(directory: Path, prompts: list[list[int]], settings: schema.Params) -> list[str]:
+    """The merged model's answers, in the order of the prompts."""
+    from stages.decoding.answers import answers_of
+
+    model, decoder = _load(directory, settings)
+    with console.progress("answers of the merged model", total=len(prompts)) as advance:
+        return [answer.text for answer in answers_of(model, decoder, prompts, settings.generate, advance)]
+
+
+def _load(directory: Path, settings: schema.Params) -> tuple[Any, Any]:
+    """The model and its decoder's tokenizer."""
+    from stages.decoding.decode import load_decoder
     from stages.model.load import load_base
-    from stages.sampling.decode import answer_all, load_decoder
 
     trust = settings.model.trust_remote_code
-    model, config = load_base(directory, dtype=settings.model.dtype, trust_remote_code=trust)
-    tokenizer = load_decoder(directory, config, trust_remote_code=trust)
-    answers: dict[int, str] = {}
-    with console.progress(f"answers of {name}", total=len(asked)) as advance:
-        ids = [prompt.ids for prompt in asked]
-        for index, text in answer_all(model, tokenizer, ids, seed=settings.seed, **settings.generate.model_dump()):
-            answers[index] = text.strip()
-            advance(1)
-    return [answers[index] for index in range(len(asked))]
+    with console.progress("loading the merged model"):
+        model, config = load_base(directory, dtype=settings.model.dtype, trust_remote_code=trust)
+        return model, load_decoder(directory, config, trust_remote_code=trust)
 
 
-def _stream(directory: Path, prompt: Prompt, settings: schema.Params) -> None:
-    from stages.model.load import load_base
-    from stages.sampling.decode import answer_stream, load_decoder
+def _stream(directory: Path, words: str, settings: schema.Params) -> None:
+    from stages.decoding.decode import answer_stream
 
-    trust = settings.model.trust_remote_code
-    model, config = load_base(directory, dtype=settings.model.dtype, trust_remote_code=trust)
-    tokenizer = load_decoder(directory, config, trust_remote_code=trust)
+    prompt = _maker(directory, settings).of_words(words)
+    model, decoder = _load(directory, settings)
     options = settings.generate.model_dump(exclude={"batch_size"})
-    for piece in answer_stream(model, tokenizer, prompt.ids, seed=settings.seed, **options):
+    for piece in answer_stream(model, decoder, prompt.ids, **options):
         typer.echo(piece, nl=False)
     typer.echo()
 
 
-def _prompts(directory: Path, settings: schema.Params) -> Prompts:
-    from stages.sampling.prompts import Prompts
-
+def _maker(directory: Path, settings: schema.Params) -> Prompts:
     tokenizer = load_tokenizer(directory, trust_remote_code=settings.model.trust_remote_code)
-    rendered_by = {name: getattr(settings.prepare, name) for name in ("template", "columns", "normalize")}
-    return Prompts(tokenizer, **rendered_by, options=settings.tokenize)
-
-
-def _ask(maker: Prompts, fields: dict[str, object], place: str) -> Prompt:
-    try:
-        return maker.of_row(fields)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}; correct the row or prepare.template") from None
+    return Prompts.under(settings, tokenizer)
 
 
 def _require(merged: Path) -> Path:

@@ -30,7 +30,7 @@ def merge(
     base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
     tokens: Annotated[Path, typer.Option(help="Token rows to check the merged model on.")] = Path("data/tokens"),
     out: Annotated[Path, typer.Option(help="The model directory to write.")] = Path("artifacts/merged"),
-    metrics: Annotated[Path, typer.Option(help="The metrics to write.")] = Path("artifacts/metrics/merge.json"),
+    details: Annotated[Path, typer.Option(help="The proof to write.")] = Path("artifacts/details/merge.json"),
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:
@@ -82,7 +82,7 @@ def merge(
         "max_divergence": round(agreement.max_divergence, 5),
         "same_choice": round(agreement.same_choice, 4),
     }
-    outputs.write_json(metrics, summary)
+    outputs.write_json(details, summary)
     size = sum(path.stat().st_size for path in out.iterdir())
     console.table(
         f"Merged model, {size / 1e6:,.0f} MB → {out}",

@@ -30,7 +30,10 @@ def prepare(
     out: Annotated[Path, typer.Option(help="The folder to write train, valid and test.jsonl to.")] = Path(
         "data/prepared"
     ),
-    metrics: Annotated[Path, typer.Option(help="The ledger to write.")] = Path("artifacts/metrics/prepare.json"),
+    metrics: Annotated[Path, typer.Option(help="The headline numbers to write.")] = Path(
+        "artifacts/metrics/prepare.json"
+    ),
+    details: Annotated[Path, typer.Option(help="The ledger to write.")] = Path("artifacts/details/prepare.json"),
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:
@@ -52,7 +55,9 @@ def prepare(
     with outputs.replacing(out) as draft, console.progress("preparing", sum(s.size for s in sources)) as advance:
         report = write_corpus(draft, sources, options, advance)
         ledger = {name: report.ledger.figures(name) for name in _COLUMNS}
-    outputs.write_json(metrics, ledger)
+    total = ledger["all"]
+    outputs.write_json(details, ledger)
+    outputs.write_json(metrics, {"rows": total["rows_used"], "dropped": total["rows_in"] - total["rows_used"]})
     _tell(report, ledger, out, time.perf_counter() - started)
 
 

@@ -33,7 +33,10 @@ def tokenize(
     prepared: Annotated[Path, typer.Argument(help="The folder that prepare wrote.")] = Path("data/prepared"),
     base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
     out: Annotated[Path, typer.Option(help="The folder to write Parquet files to.")] = Path("data/tokens"),
-    metrics: Annotated[Path, typer.Option(help="The ledger to write.")] = Path("artifacts/metrics/tokenize.json"),
+    metrics: Annotated[Path, typer.Option(help="The headline numbers to write.")] = Path(
+        "artifacts/metrics/tokenize.json"
+    ),
+    details: Annotated[Path, typer.Option(help="The ledger to write.")] = Path("artifacts/details/tokenize.json"),
     plot: Annotated[Path, typer.Option(help="The histogram of lengths to write.")] = Path(
         "artifacts/plots/lengths.csv"
     ),
@@ -54,20 +57,27 @@ def tokenize(
     encoder = Encoder(tokenizer, options)
     tally = Tally(fallback_ids(encoder.backend))
     made_of = _sources(prepared)
-    about = {"tokenizer": manifest.tokenizer_identity, "policy": options.model_dump(), "sources": made_of["sources"]}
+    # What nobody reads of a source shapes no token: a column more to carry leaves the training rows as they are.
+    sources = {
+        name: {key: value for key, value in source.items() if key != "not_read"}
+        for name, source in made_of["sources"].items()
+    }
+    about = {"tokenizer": manifest.tokenizer_identity, "policy": options.model_dump(), "sources": sources}
     started = time.perf_counter()
     with outputs.replacing(out) as draft:
         draft.mkdir()
         for name in SPLITS:
             total = made_of["rows"].get(name)
             with console.progress(f"tokenizing {name}", total=total, unit="rows") as advance:
-                encoded = encoder.encode(read_prepared(prepared / f"{name}.jsonl"))
+                encoded = encoder.encode(read_prepared(prepared / f"{name}.jsonl", labels=name == "test"))
                 rows = _counted(encoded, partial(tally.count, name), options, advance)
                 rows = _embeddable(rows, manifest, encoder.backend.get_vocab_size())
                 write_tokens(draft / f"{name}.parquet", rows, partial(_about, about, encoder, tally, name))
             _refuse_empty(name, tally.figures(name))
         figures = {name: tally.figures(name) for name in _COLUMNS}
-    outputs.write_json(metrics, figures)
+    total = figures["all"]
+    outputs.write_json(details, figures)
+    outputs.write_json(metrics, {"dropped": total["rows_in"] - total["rows_used"], "tokens": total["trained_tokens"]})
     outputs.write_text(plot, "".join(["length,split,rows\n", *(f"{a},{b},{c}\n" for a, b, c in tally.histogram())]))
     _tell(
         figures, [*_notes(tally, figures["all"]), *tally.advice(options.max_length)], out, time.perf_counter() - started

@@ -31,7 +31,10 @@ def train(
     tokens: Annotated[Path, typer.Argument(help="The folder that tokenize wrote.")] = Path("data/tokens"),
     base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
     out: Annotated[Path, typer.Option(help="The folder to write the adapter to.")] = Path("artifacts/adapter"),
-    metrics: Annotated[Path, typer.Option(help="The metrics to write.")] = Path("artifacts/metrics/train.json"),
+    metrics: Annotated[Path, typer.Option(help="The headline numbers to write.")] = Path(
+        "artifacts/metrics/train.json"
+    ),
+    details: Annotated[Path, typer.Option(help="All numbers of the run.")] = Path("artifacts/details/train.json"),
     plots: Annotated[Path, typer.Option(help="The folder to write loss.csv and valid_loss.csv to.")] = Path(
         "artifacts/plots"
     ),
@@ -101,7 +104,16 @@ def train(
         _run(trainer, checkpoints, throughput, steps_per_save=settings.runtime.steps_per_save)
         _close(execution)
         if ranks.rank == 0:
-            _write(trainer, lora, throughput, out=out, metrics=metrics, plots=plots, timing=timing)
+            _write(
+                trainer,
+                lora,
+                throughput,
+                out=out,
+                metrics=metrics,
+                details=details,
+                plots=plots,
+                timing=timing,
+            )
             checkpoints.clear()
 
 
@@ -216,6 +228,7 @@ def _write(
     *,
     out: Path,
     metrics: Path,
+    details: Path,
     plots: Path,
     timing: Path,
 ) -> None:
@@ -229,7 +242,8 @@ def _write(
     for name, text in record.curves(trainer.progress).items():
         outputs.write_text(plots / name, text)
     summary = record.summary(trainer)
-    outputs.write_json(metrics, summary)
+    outputs.write_json(details, summary)
+    outputs.write_json(metrics, {"valid_loss": summary["valid_loss"]} if "valid_loss" in summary else {})
     outputs.write_json(timing, throughput.figures(padded_share=trainer.progress.total.padded_share))
     console.table(f"Training → {out}", ("", "value"), ((name.replace("_", " "), v) for name, v in summary.items()))
 

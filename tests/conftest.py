@@ -59,6 +59,8 @@ def project(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (folder / "data" / "raw" / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "data" / "prompts.jsonl").write_text('{"question": "9 더하기 9는?"}\n', encoding="utf-8")
+    general = ['{"language": "en", "text": "It rains."}\n', '{"language": "ko", "text": "비가 온다."}\n']
+    (folder / "data" / "general.jsonl").write_text("".join(general), encoding="utf-8")
     monkeypatch.chdir(folder)
     yield folder
 

@@ -12,11 +12,15 @@ from tests.support.imports import MODULES, ROOT, rooms_imported, third_party
 
 # From the top down: a room imports from rooms below it alone.
 ORDER = (
-    "cli", "training", "scoring", "merging", "sampling", "lora", "model", "encoding", "tokens", "chat", "corpus",
-    "prepared", "schemas", "readers", "sources", "base", "files", "params",
+    "cli", "reporting", "results", "training", "measuring", "scoring", "merging", "decoding", "lora", "model",
+    "encoding", "prompting", "questions", "tokens", "chat", "corpus", "prepared", "schemas", "readers", "sources", "base",
+    "tables", "files", "params",
 )  # fmt: skip
-NUMERICAL = {"model", "lora", "scoring", "training", "merging", "sampling"}
-TEXT = {"readers", "schemas", "prepared", "corpus", "chat", "encoding", "tokens", "files", "base"}
+NUMERICAL = {"model", "lora", "measuring", "scoring", "training", "merging", "decoding"}
+TEXT = {
+    "readers", "schemas", "prepared", "corpus", "chat", "encoding", "tokens", "files", "base", "prompting", "questions",
+    "reporting", "results", "tables",
+}  # fmt: skip
 TERMINAL = {"typer", "rich", "ruamel", "yaml", "dvc"}
 
 

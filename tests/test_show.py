@@ -8,30 +8,31 @@ from pathlib import Path
 import pytest
 
 from stages.show import show
-
-SCORES = {"rows": 4, "rows_improved": 3, "base": {"loss": 2.0}, "adapter": {"loss": 1.5}}
-SAMPLE = {"prompt": "2 + 2?", "base": "5", "merged": "4"}
+from tests.support.numbers import EVALUATED
 
 
 @pytest.fixture
-def metrics(tmp_path: Path) -> Path:
+def details(tmp_path: Path) -> Path:
     path = tmp_path / "evaluate.json"
-    path.write_text(json.dumps(SCORES))
+    path.write_text(json.dumps(EVALUATED))
     return path
 
 
-@pytest.fixture
-def samples(tmp_path: Path) -> Path:
-    path = tmp_path / "samples.jsonl"
-    path.write_text(json.dumps(SAMPLE) + "\n")
-    return path
+def test_the_sentence_comes_last_with_the_reports_path(
+    details: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "index.html"
+    page.touch()
+    show(details, page)
+    lines = capsys.readouterr().out.replace("\n" + str(page), str(page)).splitlines()
+    assert lines[-2] == EVALUATED["sentence"]
+    assert str(page) in lines[-1]
 
 
-def test_scores_and_samples_are_shown(metrics: Path, samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    show(metrics, samples, 1)
+def test_tables_show_differences_with_their_interval(details: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show(details, Path("none"))
     shown = capsys.readouterr().out
-    assert "Held-out rows: 4, of which the adapter predicts 3 better" in shown
-    assert "2.0000" in shown and "1.5000" in shown and "2 + 2?" in shown
+    assert "−0.500 [−0.600, −0.400]" in shown and "chrF" in shown and "Loss by subject" in shown
 
 
 @pytest.mark.parametrize(
@@ -42,36 +43,17 @@ def test_scores_and_samples_are_shown(metrics: Path, samples: Path, capsys: pyte
         (b"\xff\xfe", "evaluate.json: damaged: not JSON in UTF-8"),
         (b"[1]", "evaluate.json: damaged: not a JSON object"),
         (b"{}", "evaluate.json: not what evaluate writes"),
-        (b'{"rows": "x", "rows_improved": 1, "base": {}}', "evaluate.json: not what evaluate writes"),
-        (b'{"rows": 1, "rows_improved": 1, "base": {"loss": 1}, "adapter": {}}', "evaluate.json: not what evaluate"),
-        (b'{"rows": 1, "rows_improved": 1, "base": [], "adapter": {}}', "evaluate.json: not what evaluate writes"),
+        (b'{"rows": "x", "tokens": 1, "models": {}}', "evaluate.json: not what evaluate writes"),
     ],
 )
-def test_damaged_metrics_are_named(metrics: Path, samples: Path, content: bytes, said: str) -> None:
-    metrics.write_bytes(content)
+def test_damaged_numbers_are_named(details: Path, content: bytes, said: str) -> None:
+    details.write_bytes(content)
     with pytest.raises(ValueError, match=r"; make it with: dvc repro$") as failure:
-        show(metrics, samples, 1)
+        show(details)
     assert said in str(failure.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b'{"prompt": "x"}\n{"prompt"', "samples.jsonl:2: damaged: not JSON"),
-        (b"[1]", "samples.jsonl:1: not a sample that generate writes"),
-        (b'{"prompt": 3}', "samples.jsonl:1: not a sample that generate writes"),
-        (b"\xff\xfe", "samples.jsonl: damaged: not UTF-8"),
-    ],
-)
-def test_damaged_samples_are_named_with_their_line(metrics: Path, samples: Path, content: bytes, said: str) -> None:
-    samples.write_bytes(content)
-    with pytest.raises(ValueError, match=r"; make it with: dvc repro$") as failure:
-        show(metrics, samples, 1)
-    assert said in str(failure.value)
-
-
-@pytest.mark.parametrize("name", ["evaluate.json", "samples.jsonl"])
-def test_a_missing_file_is_named(metrics: Path, samples: Path, tmp_path: Path, name: str) -> None:
-    (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match=rf"{name}: no such file; make it with: dvc repro"):
-        show(metrics, samples, 1)
+def test_a_missing_file_is_named(details: Path) -> None:
+    details.unlink()
+    with pytest.raises(ValueError, match=r"evaluate.json: no such file; make it with: dvc repro"):
+        show(details)

@@ -10,21 +10,24 @@ from ruamel.yaml import YAML
 VERSIONS_FILE = Path("versions.yaml")
 
 
-def differing_versions(path: Path = VERSIONS_FILE) -> dict[str, tuple[str, str]]:
-    """Compare installed versions with the file's: library → (installed, in the file) for those that differ.
-
-    Empty if there is no such file.
-    """
+def read_versions(path: Path = VERSIONS_FILE) -> dict[str, str]:
+    """The file's versions by library; none if there is no such file."""
     if not path.exists():
         return {}
+    content = YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {}
+    return {name: str(version) for name, version in content.items()}
+
+
+def differing_versions(path: Path = VERSIONS_FILE) -> dict[str, tuple[str, str]]:
+    """Compare installed versions with the file's: library → (installed, in the file) for those that differ."""
     differing = {}
-    for name, version in (YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {}).items():
+    for name, version in read_versions(path).items():
         try:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue  # another system's: OpenBLAS on a Mac, say
-        if installed != str(version):
-            differing[name] = (installed, str(version))
+        if installed != version:
+            differing[name] = (installed, version)
     return differing
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ class Row:
     normalized: bool  # its characters changed
     schema: str
     unread: tuple[str, ...]  # columns and fields of turns
+    group: str | None = None
+    carried: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,28 +73,32 @@ class Intake:
             try:
                 fields = self._schemas.row(raw.fields)
                 schema = schema or self._schemas.detect(fields)
-                row: Row | Dropped = self._row(raw.place, fields, schema)
+                row: Row | Dropped = self._row(raw, fields, schema)
             except DroppedError as error:
                 row = Dropped("missing" if self._is_missing(raw, error) else error.reason)
             except (ValueError, TypeError, RecursionError) as error:
                 row = Dropped("bad", f"{raw.place}: {_what(error)}")
             yield row
 
-    def _row(self, place: str, fields: Mapping[str, Any], schema: Schema) -> Row:
+    def _row(self, raw: RawRow, fields: Mapping[str, Any], schema: Schema) -> Row:
         reading = self._schemas.read(fields, schema)
         content = normalize.normalized(reading.content, self._options.normalize)
         text = content_text(content)
-        group = self._options.group_by
+        options = self._options
+        group = None if options.group_by is None else _group(fields, options.group_by)
+        known = {options.group_by, *options.carry}
         return Row(
-            place,
+            raw.place,
             content,
             text,
             id=row_id(text, content.get("prompt")),
             # By the text alone: rows that only part it elsewhere stay in one split.
-            point=split.point(text_id(text) if group is None else _group(fields, group), seed=self._options.seed),
+            point=split.point(text_id(text) if group is None else f"group:{group}", seed=options.seed),
             normalized=content is not reading.content and content != reading.content,
             schema=schema.name,
-            unread=tuple(name for name in reading.unread if name != group),
+            unread=tuple(name for name in reading.unread if name not in known),
+            group=group,
+            carried={name: _carried(raw.fields, name) for name in options.carry} or None,
         )
 
     def _is_missing(self, raw: RawRow, error: DroppedError) -> bool:
@@ -114,4 +121,14 @@ def _group(fields: Mapping[str, Any], name: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str | int):
         raise ValueError(f"has no text or whole number in {name!r}, which prepare.group_by names; correct the row")
-    return f"group:{value}"
+    return str(value)
+
+
+def _carried(fields: Mapping[str, Any], name: str) -> str:
+    """A column's value as text; empty where a row has none."""
+    value = fields.get(name)
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    raise ValueError(f"has no text or number in {name!r}, which prepare.carry names; correct the row")

@@ -42,7 +42,7 @@ class SplitFiles:
             "control_characters": int(has_control(row.content)),
             "near_duplicates": int(resembles),
         }
-        line = PreparedRow(row.id, row.place, **row.content).line()
+        line = PreparedRow(row.id, row.place, **row.content, group=row.group, carried=row.carried).line()
         self._ledger.used(split or "train", **counts)
         if split is None:
             self._pool.add(line, row.point, counts)

@@ -71,4 +71,4 @@ def _cut(
     high = offsets.place(encoding, first + int(trained[-1]), 1, len(made.text))
     size = sum(offsets.size(made.text[max(span.start, low) : min(span.text_end, high)]) for span in made.spans)
     name = row.id if window is None else f"{row.id}-{window}"
-    return Cut(TokenRow(name, row.source, ids, mask, size, truncated), low, high)
+    return Cut(TokenRow(name, row.source, ids, mask, size, truncated, row.group, row.carried or {}), low, high)

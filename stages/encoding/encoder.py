@@ -89,7 +89,7 @@ class Encoder:
         if length <= self._options.max_length:
             size = sum(offsets.size(made.text[span.start : span.text_end]) for span in made.spans)
             size -= masked.first_bytes if made.spans[0].start == 0 else 0
-            token_row = TokenRow(row.id, row.source, masked.ids, masked.mask, size, False)
+            token_row = TokenRow(row.id, row.source, masked.ids, masked.mask, size, False, row.group, row.carried or {})
             counts = made.counts | {"trained_answers": len(made.answers)} if made.answers else made.counts
             return Encoded(row.source, (token_row,), length, len(made.text), counts=counts)
         if self._options.over_length in ("drop", "error"):

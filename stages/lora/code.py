@@ -17,8 +17,10 @@ from stages.model.blas import installed_version
 ROOT = Path(__file__).parents[2]
 # The libraries whose versions shape an output. The same names are in versions.yaml, which DVC tracks.
 VERSIONED = (
-    "mlx", "mlx-lm", "numpy", "pyarrow", "safetensors", "scipy-openblas32", "tokenizers", "transformers",
+    "jinja2", "mlx", "mlx-lm", "numpy", "pyarrow", "rapidfuzz", "sacrebleu", "safetensors", "scipy", "scipy-openblas32",
+    "sqlglot", "tokenizers", "transformers", "vl-convert-python",
 )  # fmt: skip
+IMPORTED_AS = {"vl_convert": "vl-convert-python"}  # where a package's module has another name
 # Rooms that shape no output: the values of params.yaml are dependencies themselves, and cli/ only talks to the user.
 NO_DEPENDENCY = ("stages/cli/", "stages/params/")
 
@@ -40,8 +42,8 @@ def code_files(module: str) -> set[Path]:
 
 def versions_used(module: str) -> set[str]:
     """Those of `VERSIONED` that a module's code imports."""
-    names = {name.split(".")[0].replace("_", "-") for path in code_files(module) for name in imported(ROOT / path)}
-    return names & set(VERSIONED)
+    names = {name.split(".")[0] for path in code_files(module) for name in imported(ROOT / path)}
+    return {IMPORTED_AS.get(name, name.replace("_", "-")) for name in names} & set(VERSIONED)
 
 
 def fingerprint(*modules: str) -> dict[str, Any]:

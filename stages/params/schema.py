@@ -37,6 +37,7 @@ class Prepare(Section):
     test_fraction: Fraction | None
     test_rows: Positive | None
     group_by: Annotated[str, Field(min_length=1)] | None
+    carry: list[Annotated[str, Field(min_length=1)]]
     normalize: Literal["NFC", "NFKC"] | None
     duplicates: Literal["keep", "exact", "normalized"]
     leaks: Literal["drop", "error"]
@@ -176,6 +177,9 @@ class Train(Section):
 
 class Evaluate(Section):
     batch_size: Positive
+    answers: Annotated[int, Field(ge=0)]
+    slice_by: Annotated[str, Field(min_length=1)] | None
+    max_forgetting: Annotated[float, Field(gt=0)] | None
 
 
 class Merge(Section):
@@ -188,6 +192,7 @@ class Merge(Section):
 class Generate(Section):
     max_tokens: Positive
     temperature: Annotated[float, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0)]
     batch_size: Positive
 
 

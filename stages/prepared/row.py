@@ -27,6 +27,8 @@ class PreparedRow:
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[Any] | None = None
+    group: str | None = None  # its value of prepare.group_by's column
+    carried: dict[str, str] | None = None  # its values of prepare.carry's columns
 
     def line(self) -> str:
         """The row as a line of JSON."""
@@ -50,8 +52,8 @@ def row_id(text: str, prompt: str | None) -> str:
     return text_id(text, len(prompt).to_bytes(8, "big"))
 
 
-def read_prepared(path: Path) -> Iterator[PreparedRow]:
-    """The rows of a file that `prepare` wrote.
+def read_prepared(path: Path, *, labels: bool = True) -> Iterator[PreparedRow]:
+    """The rows of a file that `prepare` wrote; without `labels`, without group and carried columns.
 
     Raises:
         ValueError: the file is missing or was not written by `prepare`.
@@ -59,8 +61,12 @@ def read_prepared(path: Path) -> Iterator[PreparedRow]:
     try:
         with path.open(encoding="utf-8") as file:
             for line in file:
-                yield PreparedRow(**json.loads(line))
+                fields = json.loads(line)
+                if not labels:
+                    fields.pop("group", None)
+                    fields.pop("carried", None)
+                yield PreparedRow(**fields)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; make it with: python -m stages.prepare") from None
-    except (json.JSONDecodeError, TypeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, TypeError, AttributeError, UnicodeDecodeError):
         raise ValueError(f"{path}: not written by prepare; make it anew with: python -m stages.prepare") from None

@@ -29,6 +29,8 @@ _SCHEMA = pa.schema(
         pa.field("trained_tokens", pa.int32(), nullable=False),
         pa.field("trained_bytes", pa.int32(), nullable=False),
         pa.field("truncated", pa.bool_(), nullable=False),
+        pa.field("group", pa.string()),
+        pa.field("carried", pa.map_(pa.string(), pa.string()), nullable=False),
     ]
 )
 # A dictionary of token ids costs more time than it saves space. Masks are long runs of equal values, as RLE wants them.
@@ -124,10 +126,13 @@ def _rows(table: Any) -> list[TokenRow]:
     ids, masks = table["input_ids"].combine_chunks(), table["loss_mask"].combine_chunks()
     borders = ids.offsets.to_numpy()
     flat, trained = ids.values.to_numpy(), masks.values.to_numpy(zero_copy_only=False)
-    others = zip(*(table[name].to_pylist() for name in ("id", "source", "trained_bytes", "truncated")), strict=True)
+    names = ("id", "source", "trained_bytes", "truncated", "group", "carried")
+    others = zip(*(table[name].to_pylist() for name in names), strict=True)
     return [
-        TokenRow(name, source, flat[begin:end], trained[begin:end], trained_bytes, truncated)
-        for (name, source, trained_bytes, truncated), begin, end in zip(others, borders[:-1], borders[1:], strict=True)
+        TokenRow(name, source, flat[begin:end], trained[begin:end], trained_bytes, truncated, group, dict(carried))
+        for (name, source, trained_bytes, truncated, group, carried), begin, end in zip(
+            others, borders[:-1], borders[1:], strict=True
+        )
     ]
 
 
@@ -145,6 +150,8 @@ def _table(rows: list[TokenRow]) -> Any:
         trained,
         [row.trained_bytes for row in rows],
         [row.truncated for row in rows],
+        [row.group for row in rows],
+        [list(row.carried.items()) for row in rows],
     ]
     # pa.array would take a list array apart into Python objects.
     arrays = [c if isinstance(c, pa.Array) else pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,3 +18,5 @@ class TokenRow:
     loss_mask: np.ndarray  # bool, (L,); the first is never set: nothing precedes it to predict it from
     trained_bytes: int  # UTF-8 bytes of the text that the mask covers
     truncated: bool
+    group: str | None = None  # of a test row: its value of prepare.group_by's column
+    carried: Mapping[str, str] = field(default_factory=dict)  # of a test row: its values of prepare.carry's columns

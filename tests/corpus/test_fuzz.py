@@ -18,7 +18,8 @@ from stages.readers.rows import BadRow, RawRow
 NAMES = ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.arrow", "a.jsonl.gz", "a.csv.zst"]
 OPTIONS = Prepare(
     seed=0, dataset=None, columns={}, template="{question}{answer}", valid_fraction=0.1, valid_rows=None,
-    test_fraction=0.1, test_rows=None, group_by=None, normalize="NFC", duplicates="normalized", leaks="drop",
+    test_fraction=0.1, test_rows=None, group_by=None,
+        carry=[], normalize="NFC", duplicates="normalized", leaks="drop",
     near_duplicates=None, max_chars=None, preferences="chosen", labels="drop_false", on_bad_row="skip",
 )  # fmt: skip
 

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from stages.decoding.decode import answer_stream, load_decoder
 from stages.lora import adapter
 from stages.lora.targets import resolve
 from stages.model.load import load_base
-from stages.sampling.decode import answer_stream, load_decoder
 from tests.support.adapters import KEYS, config, configure, fill
 from tests.support.tiny import write_model
 

@@ -29,6 +29,8 @@ def make_project(folder: Path, source: str) -> Path:
     lines = [f'{{"question": "{i} 더하기 {i}는?", "answer": "{2 * i}이다."}}\n' for i in range(60)]
     (folder / "data" / "raw" / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
     (folder / "data" / "prompts.jsonl").write_text('{"question": "9 더하기 9는?"}\n', encoding="utf-8")
+    general = ['{"language": "en", "text": "It rains."}\n', '{"language": "ko", "text": "비가 온다."}\n']
+    (folder / "data" / "general.jsonl").write_text("".join(general), encoding="utf-8")
     git(folder, "init", "--quiet")
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,15 @@ import mlx.nn as nn
 from mlx_lm.generate import BatchGenerator, stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The text without the token that ended it; `stopped` tells whether there was one, before the limit was reached."""
+
+    text: str
+    tokens: int
+    stopped: bool
 
 
 def load_decoder(directory: Path, config: dict[str, Any], *, trust_remote_code: bool = False) -> Any:
@@ -27,7 +37,7 @@ def answer_all(
     temperature: float,
     batch_size: int,
     seed: int,
-) -> Iterator[tuple[int, str]]:
+) -> Iterator[tuple[int, Answer]]:
     """Each prompt's index and answer, as they finish; up to `batch_size` are worked on at a time."""
     mx.random.seed(seed)
     generator = BatchGenerator(
@@ -38,16 +48,17 @@ def answer_all(
         prefill_batch_size=batch_size,
     )
     uids = generator.insert([list(prompt) for prompt in prompts], [max_tokens] * len(prompts))
-    answers: dict[int, list[int]] = {uid: [] for uid in uids}
+    tokens: dict[int, list[int]] = {uid: [] for uid in uids}
     try:
         while responses := generator.next_generated():
             for response in responses:
                 if response.finish_reason != "stop":
-                    answers[response.uid].append(response.token)
+                    tokens[response.uid].append(response.token)
                 if response.finish_reason is not None:
-                    text = tokenizer.decode(answers[response.uid])
+                    answered = tokens.pop(response.uid)
                     # The token limit may fall inside a character.
-                    yield uids.index(response.uid), text.rstrip("\N{REPLACEMENT CHARACTER}")
+                    text = tokenizer.decode(answered).rstrip("\N{REPLACEMENT CHARACTER}").strip()
+                    yield uids.index(response.uid), Answer(text, len(answered), response.finish_reason == "stop")
     finally:
         generator.close()
 

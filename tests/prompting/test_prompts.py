@@ -8,7 +8,7 @@ import pytest
 
 from stages.encoding.encoder import Encoder
 from stages.prepared.row import PreparedRow
-from stages.sampling.prompts import Prompts
+from stages.prompting.prompts import Prompts
 from stages.schemas.schemas import Schemas
 from tests.support.tokenizers import CHATML, options, tokenizer
 

@@ -38,6 +38,29 @@ class Prompts:
         self._tokenizer = TextTokenizer(tokenizer)
         self._chat = ChatTemplate(tokenizer, options.chat_template, date=options.date, control=self._tokenizer.control)
 
+    @classmethod
+    def under(cls, params: schema.Params, tokenizer: Any) -> Prompts:
+        """Prompts under params.yaml."""
+        prepare = params.prepare
+        return cls(
+            tokenizer,
+            template=prepare.template,
+            columns=prepare.columns,
+            normalize=prepare.normalize,
+            options=params.tokenize,
+        )
+
+    def ask(self, fields: Mapping[str, Any], place: str) -> Prompt:
+        """The prompt of a row of a file.
+
+        Raises:
+            ValueError: it has none; the message begins with its place.
+        """
+        try:
+            return self.of_row(fields)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}; correct the row or prepare.template") from None
+
     def of_row(self, fields: Mapping[str, Any]) -> Prompt:
         """The prompt of a row with the template's columns before the answer, `prompt` (text to continue) or `messages`.
 

@@ -1,0 +1,1 @@
+"""A row of prompts, or a user's words → the tokens that a model is to continue."""

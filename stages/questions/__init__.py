@@ -1,0 +1,1 @@
+"""Test rows and general text → what baseline asks of a model, as tokens."""

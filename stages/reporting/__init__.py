@@ -1,0 +1,1 @@
+"""All that a run made → one page that needs no network."""

@@ -1,0 +1,1 @@
+"""Tables that one stage hands to another, as Parquet files."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,13 @@ def page(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"signed": _signed, "interval": _interval, "number": words.number, "label": label}
+    environment.filters |= {
+        "signed": _signed,
+        "interval": _interval,
+        "number": words.number,
+        "label": label,
+        "unbroken": _unbroken,
+    }
     found = run.details["evaluate"]
     return environment.get_template(_TEMPLATE).render(
         run=run,
@@ -119,6 +126,11 @@ def _flat(params: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _signed(numbers: Mapping[str, Any]) -> str:
     return words.signed(estimate(dict(numbers)))
+
+
+def _unbroken(text: str) -> str:
+    """A text whose intervals stay on one line."""
+    return re.sub(r"\[[^\]]*\]", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
 
 
 def _interval(numbers: Mapping[str, Any]) -> str:

@@ -57,7 +57,7 @@ def computed(monkeypatch: pytest.MonkeyPatch, *overrides: str, stage: Any = trai
 
 
 def test_each_row_is_computed_once_and_never_again(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    used = json.loads(Path("artifacts/metrics/tokenize.json").read_text(encoding="utf-8"))
+    used = json.loads(Path("artifacts/details/tokenize.json").read_text(encoding="utf-8"))
     rows = used["train"]["rows_used"] + used["valid"]["rows_used"]
     assert computed(monkeypatch) == rows
     first = caches()

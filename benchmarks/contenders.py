@@ -112,7 +112,7 @@ def ours(savings: Settings, *, evaluate: bool = False) -> Callable[[Ground, Path
         timing = json.loads((folder / "timing.json").read_text())
         first, second, *_ = timing["tokens_per_second_by_epoch"]
         losses = [float(line.split(",")[1]) for line in (folder / "plots" / "loss.csv").read_text().splitlines()[1:]]
-        evaluation = {}
+        evaluation: dict[str, float] = {}
         if evaluate:
             scoring = settings | {"evaluate.batch_size": training["batch_size"], "evaluate.answers": 0}
             for name in ("baseline", "merge", "evaluate"):
@@ -136,7 +136,7 @@ def ours(savings: Settings, *, evaluate: bool = False) -> Callable[[Ground, Path
 
 def _stage(ground: Ground, folder: Path, name: str, settings: Settings) -> Done:
     """Run a stage; all that it makes is in the folder, checkpoints and caches too."""
-    tokens, texts = str(ground.folder / ground.kind / "tokens"), ROOT / "data"
+    tokens, texts = str(ground.folder / ground.kind / "tokens"), Path(__file__).parents[1] / "data"
     inputs = ["adapter", "--tokens", tokens] if name == "merge" else [tokens]
     inputs += ["--base", str(ground.folder / "base.json")]
     outputs = {
@@ -152,15 +152,10 @@ def _stage(ground: Ground, folder: Path, name: str, settings: Settings) -> Done:
         ],
     }[name]  # fmt: skip
     numbers = ["--params", str(ground.folder / "params.yaml"), *overrides(settings)]
+    if name != "baseline":
+        outputs += ["--details", f"{name}-details.json"]
     return run(
-        [
-            "-m",
-            f"stages.{name}",
-            *inputs,
-            *outputs,
-            *(["--details", f"{name}-details.json"] if name != "baseline" else []),
-            *numbers,
-        ],
+        ["-m", f"stages.{name}", *inputs, *outputs, *numbers],
         folder=folder,
         log=folder / f"{name}.log",
         store=ground.folder / "store",

@@ -365,8 +365,8 @@ def test_evaluate_uses_them_only_when_told(project: Path, monkeypatch: pytest.Mo
         stage()
     seen: list[int] = []
     monkeypatch.setattr(patches, "patch_kernels", lambda model: seen.append(1))
-    for stage in (baseline, evaluate):
-        stage(overrides=["model.cpu_kernels=false"])
+    baseline(overrides=["model.cpu_kernels=false"])
+    evaluate(overrides=["model.cpu_kernels=false"])
     assert seen == []
     baseline()
     assert seen == [1]

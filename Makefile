@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-peers test-all fault-test bench bench-sweep lint format docs constraints doctor clean
+.PHONY: help setup demo experiments test test-peers test-browser test-all fault-test bench bench-sweep lint format docs constraints doctor clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,13 +19,19 @@ demo: setup ## Fetch the default base model, run the whole pipeline, show the re
 	@dvc repro
 	@python -m stages show
 
+experiments: setup ## Rank the experiments of the last commit, with intervals
+	@python -m stages compare --experiments
+
 test: $(VENV)/.dev lint ## Lint, check types, run the tests
 	@python -m pytest
 
 test-peers: $(PEERS)/.done ## Run the tests that hold training against PyTorch and PEFT
 	@$(PEERS)/bin/python -m pytest -m peers
 
-test-all: test test-peers ## Run every test: what .ci/run does
+test-browser: $(VENV)/.dev ## Look at the report in headless Chromium
+	@python -m pytest -m browser
+
+test-all: test test-peers test-browser ## Run every test: what .ci/run does
 
 fault-test: $(VENV)/.dev ## Kill training at 20 random moments and compare what it ends in
 	@python -m tests.support.faults

@@ -187,11 +187,11 @@ def test_a_prompt_streams_to_the_terminal_and_writes_nothing(project: Path, caps
 
 @pytest.mark.parametrize(
     ("override", "what"),
-    [("generate.max_tokens=2", "max_tokens"), ("generate.temperature=5.0", "temperature"), ("seed=7", "seed")],
+    [("generate.max_tokens=2", "max_tokens"), ("generate.temperature=5.0", "temperature"), ("generate.seed=7", "seed")],
 )
 def test_generation_follows_its_parameters(project: Path, override: str, what: str) -> None:
     run()
-    overrides = [override] if what != "seed" else ["generate.temperature=5.0", "seed=7"]
+    overrides = [override] if what != "seed" else ["generate.temperature=5.0", "generate.seed=7"]
     if what == "seed":
         generate(overrides=["generate.temperature=5.0"])
     before = digests("artifacts/samples")

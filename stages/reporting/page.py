@@ -62,6 +62,7 @@ def page(run: Run) -> str:
         "number": words.number,
         "label": label,
         "unbroken": _unbroken,
+        "change": words.change,
     }
     found = run.details["evaluate"]
     return environment.get_template(_TEMPLATE).render(
@@ -85,7 +86,9 @@ def _charts(run: Run) -> dict[str, Any]:
     ]
     return {
         "changes": charts.changes(changes),
-        "losses": charts.losses(run.curves["loss"], run.curves["valid_loss"], trained["kept_step"]),
+        "losses": charts.losses(
+            run.curves["loss"], run.curves["valid_loss"], trained.get("kept_step", trained["steps"])
+        ),
         "lengths": charts.lengths(run.curves["lengths"]),
     }
 

@@ -83,9 +83,7 @@ def _experiments() -> list[str]:
     with Repo() as repo:
         names = [name for found in repo.experiments.ls().values() for name, _ in found]
     if not names:
-        raise ValueError(
-            "there is no experiment of this commit; make one with: dvc exp run -S train.learning_rate=1e-4"
-        )
+        raise ValueError("this commit has no experiment; make one with: dvc exp run -S train.learning_rate=1e-4")
     return sorted(names)
 
 

@@ -18,8 +18,6 @@ from stages.cli.versions import VERSIONS_FILE, read_versions
 from stages.files import outputs
 from stages.files.hashes import sha256
 from stages.params.loading import load_params
-from stages.reporting.page import Run, page
-from stages.tables.parquet import read_table
 
 _STAGES = ("prepare", "tokenize", "train", "merge", "evaluate")
 _CURVES = ("loss", "valid_loss", "lengths")
@@ -32,6 +30,9 @@ def report(
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
 ) -> None:
     """Write scores with intervals, curves, answers side by side, the rows' ledger and the hashes of all files."""
+    from stages.reporting.page import Run, page
+    from stages.tables.parquet import read_table
+
     params = load_params(params_file, ()).model_dump(exclude={"runtime"})
     outputs.refuse_foreign(out, ["index.html"])
     evaluated = artifacts / "evaluate"

@@ -9,8 +9,6 @@ from functools import cache
 
 import vl_convert
 
-_VEGA_LITE = "5.21"  # the major version that DVC writes its charts for
-
 # The part between `{scripts}` and `{plot_divs}` is for DVC, which fills them in. Its own scripts come from a network.
 _DVC_PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -32,7 +30,7 @@ _DVC_PAGE = """<!DOCTYPE html>
 @cache
 def script() -> str:
     """JavaScript that sets `window.vegaEmbed`."""
-    made: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=_VEGA_LITE)
+    made: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     # In a function of its own, so that its names are not the page's; no text in it may end the element around it.
     return "(() => {\n" + made.replace("</script", "<\\/script") + "\n})();"
 

@@ -146,7 +146,7 @@ def _run(method: Callable[[Any, Path], int | None], directory: Path, folder: Pat
 
 
 def _measure(method: Callable[[Any, Path], int | None], directory: Path, folder: Path) -> dict[str, Any] | None:
-    from stages.chat.tokenizer import load_tokenizer
+    from stages.templating.tokenizer import load_tokenizer
 
     tokens = method(load_tokenizer(directory), folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

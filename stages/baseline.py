@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stages.base.manifest import locate, read_manifest
-from stages.chat.tokenizer import load_tokenizer
 from stages.cli import console
 from stages.files import hashes, outputs
 from stages.params import schema
@@ -25,6 +24,7 @@ from stages.questions.general import general_rows
 from stages.questions.rows import questions_of
 from stages.readers import find
 from stages.readers.rows import RawRow, strict
+from stages.templating.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from stages.scoring.ranks import Ranks

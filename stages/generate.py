@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 
 from stages.base.manifest import read_manifest
-from stages.chat.tokenizer import load_tokenizer
 from stages.cli import console
 from stages.files import outputs
 from stages.params import schema
@@ -21,6 +20,7 @@ from stages.params.loading import load_params
 from stages.prompting.prompts import Prompts
 from stages.readers import find
 from stages.readers.rows import strict
+from stages.templating.tokenizer import load_tokenizer
 
 
 def generate(

@@ -36,7 +36,7 @@ def inspect(
 
     Neighbouring tokens differ in shade. Where colours are not shown (a file, a pipe), «…» surrounds what is learned.
     """
-    from stages.chat.tokenizer import load_tokenizer
+    from stages.templating.tokenizer import load_tokenizer
     from stages.tokens.parquet import read_lengths, read_metadata, read_row
 
     trust = load_params(params_file, overrides or ()).model.trust_remote_code
@@ -90,7 +90,7 @@ def _shown(row: TokenRow, tokenizer: Any, *, coloured: bool) -> Text:
 
 def _spelled(row: TokenRow, tokenizer: Any) -> int:
     """Count the control tokens that the row's text only spells: on the screen they look like real ones."""
-    from stages.chat.tokenizer import TextTokenizer
+    from stages.templating.tokenizer import TextTokenizer
 
     control = TextTokenizer(tokenizer).control
     text = tokenizer.decode(row.input_ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)

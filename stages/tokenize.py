@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import typer
 
 from stages.base.manifest import Manifest, check_token_id, locate, read_manifest
-from stages.chat.tokenizer import load_tokenizer
 from stages.cli import console
 from stages.encoding.encoder import Encoded, Encoder
 from stages.encoding.lengths import Tally, fallback_ids
@@ -24,6 +23,7 @@ from stages.params import schema
 from stages.params.loading import load_params
 from stages.prepared.row import read_prepared
 from stages.prepared.splits import SPLITS
+from stages.templating.tokenizer import load_tokenizer
 from stages.tokens.row import TokenRow
 
 _COLUMNS = (*SPLITS, "all")

@@ -56,7 +56,7 @@ def ledger(name: str = "all") -> dict[str, Any]:
 def learned(table: pa.Table) -> list[bytes]:
     """The trained bytes of each row: the tiny tokenizer's ids are the places of bytes in its alphabet."""
     from stages.base.manifest import locate, read_manifest
-    from stages.chat.tokenizer import load_tokenizer
+    from stages.templating.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(locate(read_manifest(Path("artifacts/base.json"))))
     rows = zip(table["input_ids"].to_pylist(), table["loss_mask"].to_pylist(), strict=True)

@@ -8,12 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from stages.chat.tokenizer import TextTokenizer
 from stages.encoding import cutting, offsets
 from stages.encoding.masks import Masked, Masker, Tokens
 from stages.encoding.rendering import Rendered, Renderer
 from stages.params import schema
 from stages.prepared.row import PreparedRow
+from stages.templating.tokenizer import TextTokenizer
 from stages.tokens.row import TokenRow
 
 _BATCH_ROWS = 512  # rows the tokenizer encodes at a time, on all cores

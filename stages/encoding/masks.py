@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from stages.chat.tokenizer import TextTokenizer
 from stages.encoding import offsets
 from stages.encoding.rendering import Rendered
 from stages.prepared.row import PreparedRow
+from stages.templating.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.chat.strings import Message, without_thought
-from stages.chat.template import Answer, ChatTemplate, Conversation, Range, Span
-from stages.chat.tokenizer import TextTokenizer
 from stages.encoding import markers
 from stages.params import schema
 from stages.prepared.row import PreparedRow
+from stages.templating.strings import Message, without_thought
+from stages.templating.template import Answer, ChatTemplate, Conversation, Range, Span
+from stages.templating.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True, slots=True)

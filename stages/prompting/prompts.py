@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stages.chat.strings import Message, without_thought
-from stages.chat.template import ChatTemplate
-from stages.chat.tokenizer import TextTokenizer
 from stages.params import schema
 from stages.schemas import normalize
 from stages.schemas.schemas import Schemas
+from stages.templating.strings import Message, without_thought
+from stages.templating.template import ChatTemplate
+from stages.templating.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.chat.tokenizer import TextTokenizer
 from stages.readers.rows import RawRow
+from stages.templating.tokenizer import TextTokenizer
 from stages.tokens.row import TokenRow
 
 

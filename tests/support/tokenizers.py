@@ -7,10 +7,10 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from stages.chat.template import ChatTemplate, Conversation
-from stages.chat.tokenizer import TextTokenizer
 from stages.params import schema
 from stages.params.loading import load_params
+from stages.templating.template import ChatTemplate, Conversation
+from stages.templating.tokenizer import TextTokenizer
 from tests.support.imports import ROOT
 from tests.support.templates import Family
 

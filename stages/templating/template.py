@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from stages.chat.borders import Writer
-from stages.chat.control import ControlTokens
-from stages.chat.render import Render, render
-from stages.chat.skeleton import TOOLS_LEFT_OUT, Fit, Skeleton, SkeletonMaker, fit, not_kept
-from stages.chat.strings import Message, String, marked
+from stages.templating.borders import Writer
+from stages.templating.control import ControlTokens
+from stages.templating.render import Render, render
+from stages.templating.skeleton import TOOLS_LEFT_OUT, Fit, Skeleton, SkeletonMaker, fit, not_kept
+from stages.templating.strings import Message, String, marked
 
 _SKELETONS = 512  # kept at a time
 Range = tuple[int, int]

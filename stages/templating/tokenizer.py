@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages.chat.control import ControlTokens
+from stages.templating.control import ControlTokens
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from stages.chat.tokenizer import TextTokenizer
+from stages.templating.tokenizer import TextTokenizer
 from tests.support.tokenizers import tokenizer
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from stages.chat.template import ChatTemplate
-from stages.chat.tokenizer import TextTokenizer
+from stages.templating.template import ChatTemplate
+from stages.templating.tokenizer import TextTokenizer
 from tests.support.tokenizers import CHATML, chat_template, said, tokenizer
 
 TURNS = [

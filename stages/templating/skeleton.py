@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.chat.borders import HINT, AnswerBorders, Border, View, Writer, is_system
-from stages.chat.render import roles
-from stages.chat.strings import (
+from stages.templating.borders import HINT, AnswerBorders, Border, View, Writer, is_system
+from stages.templating.render import roles
+from stages.templating.strings import (
     MARK,
     Message,
     String,

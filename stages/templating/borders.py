@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.chat.render import roles
-from stages.chat.strings import Message, closing, marked, opening, without_thought
+from stages.templating.render import roles
+from stages.templating.strings import Message, closing, marked, opening, without_thought
 
 HINT = "give another in tokenize.chat_template, or correct the row"
 _KNOWN = 4096  # borders kept at a time

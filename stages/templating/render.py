@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from stages.chat.strings import Message
+from stages.templating.strings import Message
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stages.chat.render import render
-from stages.chat.tokenizer import TextTokenizer
 from stages.encoding.encoder import Encoded, Encoder
 from stages.prepared.row import PreparedRow
+from stages.templating.render import render
+from stages.templating.tokenizer import TextTokenizer
 from tests.support.templates import FAMILIES
 from tests.support.tokenizers import chat_template, options, said, tokenizer
 

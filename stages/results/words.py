@@ -13,6 +13,11 @@ def signed(estimate: Estimate, digits: int = 3) -> str:
     return _minus(f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]")
 
 
+def change(value: float, digits: int = 3) -> str:
+    """A difference: `−0.234`."""
+    return _minus(f"{value:+,.{digits}f}")
+
+
 def number(value: float, digits: int = 3) -> str:
     """A number: `1.683`."""
     return _minus(f"{value:,.{digits}f}")

@@ -194,26 +194,26 @@ def slices(by: str, groups: Sequence[Mapping[str, Any]], table: Table) -> Chart:
         "sort": None,
         "axis": {"labelLimit": 130, "ticks": False, "domain": False},
     }
-    title = "change in loss (nats a token)"
+    x = {"type": "quantitative", "title": "change in loss (nats a token)", "axis": {"tickCount": 6}}
     layers: list[Spec] = [
         {
             "data": {"values": [{"zero": 0}]},
             "mark": {"type": "rule", "color": "var(--soft)", "strokeWidth": 1},
-            "encoding": {"x": {"field": "zero", "type": "quantitative", "title": title}},
+            "encoding": {"x": {"field": "zero", **x}},
         },
         {
             "data": {"values": [value for value in values if value["low"] is not None]},
-            "mark": {"type": "rule", "color": "var(--training)", "strokeWidth": 2},
+            "mark": {"type": "rule", "color": "var(--validation)", "strokeWidth": 2},
             "encoding": {
-                "x": {"field": "low", "type": "quantitative", "title": title},
+                "x": {"field": "low", **x},
                 "x2": {"field": "high"},
                 "y": y,
             },
         },
         {
             "data": {"values": values},
-            "mark": {"type": "point", "filled": True, "size": 70, "color": "var(--training)", "opacity": 1},
-            "encoding": {"x": {"field": "value", "type": "quantitative", "title": title}, "y": y},
+            "mark": {"type": "point", "filled": True, "size": 70, "color": "var(--validation)", "opacity": 1},
+            "encoding": {"x": {"field": "value", **x}, "y": y},
         },
     ]
     return Chart(
@@ -222,7 +222,7 @@ def slices(by: str, groups: Sequence[Mapping[str, Any]], table: Table) -> Chart:
         "Left of zero is better. The line is the interval.",
         f"Dot plot. {'; '.join(f'{line.name}: {line.cells[-1].value}' for line in table.lines)}.",
         table,
-        _spec(layer=layers, height={"step": 26}),
+        _spec(layer=layers, height=28 * len(groups)),
     )
 
 
@@ -264,7 +264,7 @@ def lengths(histogram: Sequence[tuple[int, str, int]], max_length: int) -> Chart
                 "encoding": {"x": {"field": "at", "type": "quantitative"}},
             }
         )
-    totals = Counter({split: 0 for split in splits})
+    totals = Counter(dict.fromkeys(splits, 0))
     for _, split, rows in filled:
         totals[split] += rows
     told = ", ".join(f"{totals[split]:,} {split}" for split in splits)

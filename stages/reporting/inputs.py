@@ -31,7 +31,7 @@ MADE = {
     "evaluate": ("artifacts/evaluate", "artifacts/details/evaluate.json", "artifacts/metrics/evaluate.json"),
     "generate": ("artifacts/samples",),
 }  # fmt: skip
-# What goes into the DAG beside data/raw, whose hashes prepare keeps. A file may be missing if the stage was given another.
+# What goes into the DAG beside data/raw, whose hashes prepare keeps. One is missing where a stage had another.
 GIVEN = ("data/prompts.jsonl", "data/general.jsonl")
 # A key that each stage's numbers have: without it they are of another version of the project.
 _KEYS = {"prepare": "all", "tokenize": "all", "train": "steps", "merge": "mean_divergence", "evaluate": "sentence"}

@@ -43,9 +43,9 @@ def page(run: Run) -> str:
     return environment.get_template("page.html.j2").render(
         run=run,
         numbers=numbers,
-        forgetting=numbers["forgetting"] and tables.forgetting(numbers["forgetting"]),
+        forgetting=tables.forgetting(numbers["forgetting"]),
         scores=tables.metrics(numbers),
-        general=numbers["forgetting"] and tables.groups("General text", "text", numbers["forgetting"]["groups"]),
+        general=tables.groups("General text", "text", numbers["forgetting"]["groups"]),
         answer_scores=numbers["answers"] and tables.answers(numbers["answers"]),
         answers=_answers(run),
         ledgers=[tables.ledger(stage, run.details[stage]) for stage in ("prepare", "tokenize")],

@@ -43,10 +43,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What became of the rows in a stage: the sum in words, the counts, and the names of those that are 0."""
+    """What became of the rows in a stage: a table of counts, and the names of those that are 0."""
 
-    stage: str
-    sum: str
     table: Table
     zero: Sequence[str]
 
@@ -65,22 +63,16 @@ _METRICS = {
     ),
     "perplexity": _Metric("e to the power of the loss: among so many tokens the model hesitates. Lower is better.", -1),
     "bits_per_byte": _Metric("The loss for each byte of text: comparable between tokenizers. Lower is better.", -1),
-    "token_accuracy": _Metric(
-        "Share of tokens that the model would have chosen itself, 0\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}1.", 1
-    ),
-    "exact_match": _Metric(
-        "Share of answers that are the reference, letter for letter, 0\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}1.", 1
-    ),
+    "token_accuracy": _Metric("Share of tokens that the model would have chosen itself; 0–1.", 1),
+    "exact_match": _Metric("Share of answers that are the reference, letter for letter; 0–1.", 1),
     "normalized_match": _Metric("The same, but case, width, punctuation and spaces do not count.", 1),
-    "chrf": _Metric(
-        "Short runs of letters in common with the reference, 0\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}100.", 1, 1
-    ),
+    "chrf": _Metric("Short runs of letters in common with the reference; 0–100.", 1, 1),
     "rouge_l": _Metric(
-        "Longest series of words in common with the reference, 0\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}1. A Korean syllable is a word.",
+        "Longest series of words in common with the reference; 0–1. A Korean syllable is a word.",
         1,
     ),
     "repetition": _Metric(
-        "Share of an answer that repeats what it said before, 0\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}1. Lower is better.",
+        "Share of an answer that repeats what it said before; 0–1. Lower is better.",
         -1,
     ),
     "tokens": _Metric("Mean length of an answer, in tokens.", 0, 1),
@@ -158,9 +150,12 @@ def ledger(stage: str, numbers: Mapping[str, Mapping[str, Any]]) -> Ledger:
     order = ["rows_in", *(name for name in reasons if name in told), "rows_used", *rest]
     lines = [Line(_count_name(name), [Cell(_count(numbers[split][name])) for split in _SPLITS]) for name in order]
     return Ledger(
-        stage,
-        f"{everywhere['rows_in']:,} rows in = {everywhere['rows_used']:,} used + {dropped:,} dropped",
-        Table(f"Rows in {stage}", ("count", *_SPLITS), lines),
+        Table(
+            f"{stage.capitalize()}: {everywhere['rows_in']:,} rows in = {everywhere['rows_used']:,} used "
+            f"+ {dropped:,} dropped",
+            ("count", *_SPLITS),
+            lines,
+        ),
         [_count_name(name) for name in everywhere if name not in order],
     )
 

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import re
 
-_CONTROLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
-_ORDERS = {code: f"[U+{code:04X}]" for code in (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
-_SURROGATES = dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
-_SHOWN = {**_CONTROLS, **_ORDERS, **_SURROGATES}
+# Control characters, and those that embed, override or isolate a writing direction.
+_UNSEEN = (
+    *range(0x09),
+    0x0B,
+    0x0C,
+    *range(0x0D, 0x20),
+    *range(0x7F, 0xA0),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+)
+_SHOWN: dict[int, int | str] = {code: f"[U+{code:04X}]" for code in _UNSEEN} | dict.fromkeys(
+    range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}"
+)
 
 # In the order in which they are asked: Japanese has Han characters too.
 _SCRIPTS = {
@@ -19,9 +28,9 @@ _CODE = re.compile(r"```|^(?: {2}|\t)\S", re.MULTILINE)
 
 
 def visible(text: str) -> str:
-    """The text with a sign in the place of each character that shows nothing, or turns the writing direction.
+    """The text with its control characters written out, as `[U+0000]`, line ends and tabs apart.
 
-    Line ends and tabs stay. Half a surrogate pair, which UTF-8 cannot hold, becomes U+FFFD.
+    Half a surrogate pair, which UTF-8 cannot hold, becomes U+FFFD.
     """
     return text.replace("\r\n", "\n").translate(_SHOWN)
 

@@ -14,9 +14,8 @@ _UNSEEN = (
     *range(0x202A, 0x202F),
     *range(0x2066, 0x206A),
 )
-_SHOWN: dict[int, int | str] = {code: f"[U+{code:04X}]" for code in _UNSEEN} | dict.fromkeys(
-    range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}"
-)
+_HALVES = range(0xD800, 0xE000)
+_SHOWN = {code: f"[U+{code:04X}]" for code in _UNSEEN} | dict.fromkeys(_HALVES, "�")
 
 # In the order in which they are asked: Japanese has Han characters too.
 _SCRIPTS = {

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import vl_convert
 
-# The part between `{scripts}` and `{plot_divs}` is for DVC, which fills them in. Its own scripts come from a network.
+# DVC fills in `{refresh_tag}` and `{plot_divs}`. There is no `{scripts}`: that would load Vega from a network.
 _DVC_PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Plots</title>
+<title>DVC plots</title>
 {refresh_tag}
 <script>%s</script>
 <style>body { font-family: system-ui, sans-serif; margin: 1rem } table { border-spacing: 15px }</style>

@@ -139,7 +139,7 @@ def check_same_tokens(rows: Sequence[TokenRow], texts: Iterable[str], model: Pat
 def run_ours(project: Path, rows: int) -> Run:
     seconds = stage(project, "train")
     artifacts = project / "artifacts"
-    epochs = json.loads((artifacts / "metrics" / "train.json").read_text())["epochs"]
+    epochs = json.loads((artifacts / "details" / "train.json").read_text())["epochs"]
     timing = json.loads((artifacts / "timing" / "train.json").read_text())
     # An epoch trains on each row once.
     return Run(min(round(epochs * rows), rows), seconds, timing["tokens_per_second"], artifacts / "adapter")

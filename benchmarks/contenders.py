@@ -112,10 +112,13 @@ def ours(savings: Settings, *, evaluate: bool = False) -> Callable[[Ground, Path
         timing = json.loads((folder / "timing.json").read_text())
         first, second, *_ = timing["tokens_per_second_by_epoch"]
         losses = [float(line.split(",")[1]) for line in (folder / "plots" / "loss.csv").read_text().splitlines()[1:]]
-        evaluation = {}
+        evaluation: dict[str, float] = {}
         if evaluate:
-            _stage(ground, folder, "evaluate", settings | {"evaluate.batch_size": training["batch_size"]})
-            evaluation = json.loads((folder / "evaluate-timing.json").read_text())
+            scoring = settings | {"evaluate.batch_size": training["batch_size"], "evaluate.answers": 0}
+            for name in ("baseline", "merge", "evaluate"):
+                _stage(ground, folder, name, scoring)
+            for name in ("baseline", "evaluate"):
+                evaluation |= json.loads((folder / f"{name}-timing.json").read_text())
         return Figures(
             first,
             second,
@@ -133,14 +136,26 @@ def ours(savings: Settings, *, evaluate: bool = False) -> Callable[[Ground, Path
 
 def _stage(ground: Ground, folder: Path, name: str, settings: Settings) -> Done:
     """Run a stage; all that it makes is in the folder, checkpoints and caches too."""
+    tokens, texts = str(ground.folder / ground.kind / "tokens"), Path(__file__).parents[1] / "data"
+    inputs = ["adapter", "--tokens", tokens] if name == "merge" else [tokens]
+    inputs += ["--base", str(ground.folder / "base.json")]
     outputs = {
-        "train": ["--out", "adapter", "--plots", "plots", "--timing", "timing.json"],
-        "evaluate": ["--adapter", "adapter", "--out", "evaluate", "--timing", "evaluate-timing.json"],
-    }[name]
-    inputs = [str(ground.folder / ground.kind / "tokens"), "--base", str(ground.folder / "base.json")]
+        "train": ["--out", "adapter", "--plots", "plots", "--timing", "timing.json", "--metrics", "train.json"],
+        "baseline": [
+            "--out", "baseline", "--timing", "baseline-timing.json",
+            "--prompts", str(texts / "prompts.jsonl"), "--general", str(texts / "general.jsonl"),
+        ],
+        "merge": ["--out", "merged"],
+        "evaluate": [
+            "--adapter", "adapter", "--baseline", "baseline", "--merged", "merged", "--out", "evaluate",
+            "--timing", "evaluate-timing.json", "--metrics", "evaluate.json",
+        ],
+    }[name]  # fmt: skip
     numbers = ["--params", str(ground.folder / "params.yaml"), *overrides(settings)]
+    if name != "baseline":
+        outputs += ["--details", f"{name}-details.json"]
     return run(
-        ["-m", f"stages.{name}", *inputs, *outputs, "--metrics", f"{name}.json", *numbers],
+        ["-m", f"stages.{name}", *inputs, *outputs, *numbers],
         folder=folder,
         log=folder / f"{name}.log",
         store=ground.folder / "store",

@@ -6,6 +6,7 @@ data/tokens + artifacts/base.json + data/prompts.jsonl + data/general.jsonl → 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +42,7 @@ def baseline(
         Path, typer.Option(help="Rows with a `text`, to see what a fine-tune forgets; perhaps a `language`.")
     ] = Path("data/general.jsonl"),
     out: Annotated[Path, typer.Option(help="The folder to write scores and answers to.")] = Path("artifacts/baseline"),
+    timing: Annotated[Path, typer.Option(help="Where to write the speed.")] = Path("artifacts/timing/baseline.json"),
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:
@@ -87,8 +89,10 @@ def baseline(
 
     # Score and answer
     scored = [*rows, *(row for _, row in texts)]
+    began = time.perf_counter()
     with console.progress("scoring the base model", total=len(scored)) as advance:
         scores = score_all(model, scored, batch_size=settings.evaluate.batch_size, ranks=ranks, advance=advance)
+    rate = sum(len(row.input_ids) for row in scored) / (time.perf_counter() - began)
     if ranks.rank:
         return
     ids = [question.prompt_ids for question in questions] + [prompt.ids for prompt in asked]
@@ -112,6 +116,7 @@ def baseline(
         write_table(
             draft / "prompts.parquet", with_answers(table, "base", answers[len(questions) :]), base=manifest.identity
         )
+    outputs.write_json(timing, {"base_tokens_per_second": round(rate, 2)})
     console.say(
         f"base model: {len(rows):,} test rows and {len(texts):,} general texts scored, {len(questions):,} of the rows' "
         f"questions and {len(asked):,} prompts answered → {out}"

@@ -42,6 +42,9 @@ def compare(
         ),
     ] = None,
     count: Annotated[int, typer.Option(min=0, help="Rows to show that got most better, and most worse.")] = 3,
+    experiments: Annotated[
+        bool, typer.Option("--experiments", help="HEAD and every experiment of it. `make experiments` does this.")
+    ] = False,
 ) -> None:
     """The difference in loss on the test rows that runs have in common, with its 95% interval. Nothing is trained.
 
@@ -49,6 +52,8 @@ def compare(
     interval is over test rows: it says how sure it is that this adapter is better than that one on such rows.
     """
     names = {0: ["HEAD", WORKSPACE], 1: ["HEAD", *(revisions or [])]}.get(len(revisions or []), revisions or [])
+    if experiments:
+        names = ["HEAD", *_experiments()]
     with console.progress("reading", total=len(names)) as advance:
         runs = []
         for name in names:
@@ -65,6 +70,23 @@ def compare(
     console.say(f"{others[0].name} against {first.name}: {compared[0].sentence}")
     for line in compared[0].notes:
         console.say(line)
+
+
+def _experiments() -> list[str]:
+    """The names of all experiments of the last commit, as `dvc exp list` tells them.
+
+    Raises:
+        ValueError: there are none.
+    """
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        names = [name for found in repo.experiments.ls().values() for name, _ in found]
+    if not names:
+        raise ValueError(
+            "there is no experiment of this commit; make one with: dvc exp run -S train.learning_rate=1e-4"
+        )
+    return sorted(names)
 
 
 def _read(name: str) -> Revision:

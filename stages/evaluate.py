@@ -23,6 +23,7 @@ from stages.params.loading import load_params
 
 if TYPE_CHECKING:
     from stages.decoding.decode import Answer
+    from stages.lora.execution import Execution
     from stages.scoring.ranks import Ranks
     from stages.scoring.score import Score
     from stages.tokens.row import TokenRow
@@ -55,6 +56,7 @@ def evaluate(
 
     Under `mlx.launch` its processes share out the rows; the first of them answers, talks and writes.
     """
+    from stages.lora import adapter
     from stages.results import summary
     from stages.scoring.ranks import join
     from stages.tokens.parquet import read_tokens
@@ -76,14 +78,11 @@ def evaluate(
     texts = _general_rows(tables["general"])
 
     # Score and answer
-    began = time.perf_counter()
     with _adapter_of_rank_0(adapter_dir, ranks) as folder:
-        adapter_scores = _score_adapter(folder, manifest, [*rows, *texts], settings, ranks)
-    seconds = {"adapter": time.perf_counter() - began}
-    began = time.perf_counter()
+        adapted = tuple(adapter.saved_names(folder))
+        adapter_scores, adapter_rate = _score_adapter(folder, manifest, [*rows, *texts], settings, ranks)
     prompts = tables["answers"]["prompt_ids"].to_pylist() if ranks.rank == 0 else []
-    merged_scores, answers = _score_merged(merged_dir, rows, prompts, settings, ranks)
-    seconds["merged"] = time.perf_counter() - began
+    merged_scores, merged_rate, answers = _score_merged(merged_dir, adapted, rows, prompts, settings, ranks)
     if ranks.rank:
         return
 
@@ -94,7 +93,7 @@ def evaluate(
         _write_tables(draft, tables, manifest.identity)
     outputs.write_json(details, numbers)
     outputs.write_json(metrics, summary.headline(numbers))
-    outputs.write_json(timing, {f"{name}_seconds": round(taken, 2) for name, taken in seconds.items()})
+    outputs.write_json(timing, {"adapter_tokens_per_second": adapter_rate, "merged_tokens_per_second": merged_rate})
     for title, header, lines in summary.shown(numbers):
         console.table(title, header, lines)
     console.say(f"{numbers['sentence']} → {out}")
@@ -142,11 +141,10 @@ def _general_rows(table: Any) -> list[TokenRow]:
 
 def _score_adapter(
     folder: Path, manifest: Manifest, rows: Sequence[TokenRow], settings: schema.Params, ranks: Ranks
-) -> list[Score]:
-    """Each row's score by the base model with the adapter."""
+) -> tuple[list[Score], float]:
+    """Each row's score by the base model with the adapter, and the tokens of a second."""
     from stages.lora import adapter
     from stages.lora.execution import set_up
-    from stages.measuring.scores import score_all
     from stages.model.load import load_base
 
     with console.progress("loading the base model"):
@@ -164,37 +162,55 @@ def _score_adapter(
         adapter.load(model, folder)
     for note in execution.notes:
         console.say(note)
-    with console.progress("scoring the adapter", total=len(rows)) as advance:
-        size = settings.evaluate.batch_size
+    return _scored(model, rows, execution, settings, ranks)
+
+
+def _scored(
+    model: Any, rows: Sequence[TokenRow], execution: Execution, settings: schema.Params, ranks: Ranks
+) -> tuple[list[Score], float]:
+    """Each row's score by a model, and the tokens of a second."""
+    from stages.measuring.scores import score_all
+
+    began, size = time.perf_counter(), settings.evaluate.batch_size
+    with console.progress("scoring", total=len(rows)) as advance:
         scores = score_all(model, rows, batch_size=size, ranks=ranks, frozen=execution.frozen, advance=advance)
     if problem := execution.close():
         console.warn(problem)
-    return scores
+    return scores, round(sum(len(row.input_ids) for row in rows) / (time.perf_counter() - began), 2)
 
 
 def _score_merged(
-    folder: Path, rows: Sequence[TokenRow], prompts: Sequence[Sequence[int]], settings: schema.Params, ranks: Ranks
-) -> tuple[list[Score], list[Answer]]:
-    """Each row's score by the merged model, and its answers to the prompts."""
+    folder: Path,
+    adapted: Sequence[str],
+    rows: Sequence[TokenRow],
+    prompts: Sequence[Sequence[int]],
+    settings: schema.Params,
+    ranks: Ranks,
+) -> tuple[list[Score], float, list[Answer]]:
+    """Each row's score by the merged model, the tokens of a second, and its answers; `adapted` are adapted weights."""
     from stages.decoding.answers import answers_of
     from stages.decoding.decode import load_decoder
-    from stages.lora.execution import narrow_head, use_kernels
-    from stages.measuring.scores import score_all
+    from stages.lora.execution import set_up
+    from stages.lora.frozen_cache import frozen_identity
     from stages.model.load import load_base
 
     trust = settings.model.trust_remote_code
     with console.progress("loading the merged model"):
         model, config = load_base(folder, dtype=settings.model.dtype, trust_remote_code=trust)
-        if settings.model.cpu_kernels:
-            use_kernels(model, rows)
-        narrow_head(model)
-    with console.progress("scoring the merged model", total=len(rows)) as advance:
-        scores = score_all(model, rows, batch_size=settings.evaluate.batch_size, ranks=ranks, advance=advance)
+        execution = set_up(
+            model,
+            rows,
+            adapted=adapted,
+            options=settings.model,
+            base=frozen_identity(model, adapted),
+            cache_gb=settings.runtime.cache_gb,
+        )
+    scores, rate = _scored(model, rows, execution, settings, ranks)
     if not prompts:
-        return scores, []
+        return scores, rate, []
     with console.progress("answers of the merged model", total=len(prompts)) as advance:
         decoder = load_decoder(folder, config, trust_remote_code=trust)
-        return scores, answers_of(model, decoder, prompts, settings.generate, advance)
+        return scores, rate, answers_of(model, decoder, prompts, settings.generate, advance)
 
 
 @contextmanager

@@ -107,8 +107,10 @@ def test_everything_imported_is_declared() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = project["dependencies"] + [line for extra in project["optional-dependencies"].values() for line in extra]
-    declared = {line.split(">")[0].split("[")[0].replace("-", "_").split(".")[0] for line in lines}
-    imported = {code.IMPORTED_AS.get(name, name) for path in MODULES for name in third_party(path)}
+    modules = {package: module for module, package in code.IMPORTED_AS.items()}
+    packages = [line.split(">")[0].split("[")[0] for line in lines]
+    declared = {modules.get(name, name.replace("-", "_").split(".")[0]) for name in packages}
+    imported = {name for path in MODULES for name in third_party(path)}
     assert imported - set(sys.stdlib_module_names) - {"stages", "__future__"} <= declared
 
 

@@ -108,9 +108,10 @@ def test_another_version_of_a_library_makes_just_the_stages_stale_that_use_it(
 
 def test_an_experiment_reruns_just_what_depends_on_the_parameter(repository: Path) -> None:
     output = dvc(repository, "exp", "run", "-S", "train.learning_rate=0.05")
-    assert set(ran(output)) - set(LOOKS) == reruns("train.learning_rate") == {"train", "evaluate", "merge", "generate"}
+    expected = {"train", "merge", "evaluate", "generate", "report"}  # the baseline is there
+    assert set(ran(output)) - set(LOOKS) == reruns("train.learning_rate") == expected
     difference = dvc(repository, "metrics", "diff", "--json")
-    assert "adapter.loss" in difference and "base.loss" not in difference
+    assert "valid_loss" in difference and "trained_tokens" not in difference
     # The same numbers again come from the run cache.
     git(repository, "checkout", "--quiet", ".")
     assert ran(dvc(repository, "repro")) == LOOKS
@@ -118,10 +119,10 @@ def test_an_experiment_reruns_just_what_depends_on_the_parameter(repository: Pat
 
 
 def test_a_changed_output_of_no_consequence_stops_there(repository: Path) -> None:
-    # Reports change the curves, not the adapter: nothing downstream of it runs.
+    # Reports change the curves, not the adapter: of what is downstream only the page that shows them runs.
     assert ran(dvc(repository, "repro", "--dry")) == LOOKS
     output = dvc(repository, "exp", "run", "-S", "train.steps_per_report=1")
-    assert ran(output) == [*LOOKS, "train"]
+    assert ran(output) == [*LOOKS, "train", "report"]
     git(repository, "checkout", "--quiet", ".")
     dvc(repository, "checkout")
 
@@ -208,3 +209,51 @@ def test_a_killed_queued_experiment_ends_in_the_bytes_of_an_undisturbed_one(clon
     resumed = adapter(clone)
     dvc(clone, "repro", "--force", "--single-item", "--no-run-cache", "train")
     assert adapter(clone) == resumed
+
+
+@pytest.fixture(scope="module")
+def experiments(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone with an experiment that trains hardly at all, and one on other rows."""
+    folder = tmp_path_factory.mktemp("experiments") / "project"
+    subprocess.run(["git", "clone", "--quiet", str(repository), str(folder)], check=True, env=environment(repository))
+    shutil.copytree(repository.parent / "store", folder.parent / "store", dirs_exist_ok=True)
+    dvc(folder, "repro")
+    dvc(folder, "exp", "run", "--name", "slower", "-S", "train.learning_rate=1e-9")
+    git(folder, "checkout", "--quiet", ".")
+    dvc(folder, "checkout")
+    return folder
+
+
+def test_compare_tells_whether_an_experiment_is_better(experiments: Path) -> None:
+    said = python(experiments, "stages.compare", "slower")
+    assert re.search(r"slower against HEAD: worse on \d+ of \d+ rows; loss \+0", said)
+    assert "train.learning_rate" in said and "1e-09" in said and "Most worse" in said
+    assert re.search(r"HEAD against slower: better on", python(experiments, "stages.compare", "slower", "HEAD"))
+
+
+def test_compare_of_a_clean_workspace_finds_no_difference(experiments: Path) -> None:
+    said = python(experiments, "stages.compare")
+    assert "workspace against HEAD: within noise: better on 0 of" in said
+    assert "The same parameters, versions, base model and data." in said
+
+
+def test_several_are_ranked_with_wider_intervals(experiments: Path) -> None:
+    said = python(experiments, "stages.compare", "HEAD", "slower", "workspace")
+    assert "intervals of 97.50%, for 2 comparisons" in said
+    assert said.index("workspace") < said.index("slower")
+    assert "slower" in python(experiments, "stages.compare", "--experiments")
+
+
+def test_compare_names_what_is_not_there(experiments: Path, tmp_path: Path) -> None:
+    assert "error: nothing: no such experiment, branch, tag or commit" in python(
+        experiments, "stages.compare", "nothing", status=1
+    )
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(experiments), str(clone)], check=True, env=environment(experiments))
+    said = python(clone, "stages.compare", status=1)
+    assert "error: artifacts/evaluate/rows.parquet of HEAD is not here; " in said and "dvc pull" in said
+
+
+def test_the_metrics_fit_a_terminal_of_120_columns(experiments: Path) -> None:
+    for command in (("metrics", "show"), ("metrics", "diff", "--all")):
+        assert max(map(len, dvc(experiments, *command).splitlines())) <= 120, command

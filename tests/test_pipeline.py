@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 
 from stages.base.manifest import read_manifest
+from stages.baseline import baseline
 from stages.evaluate import evaluate
 from stages.fetch import fetch
 from stages.generate import generate
 from stages.merge import merge
 from stages.prepare import prepare
+from stages.report import report
 from stages.show import show
 from stages.tokenize import tokenize
 from stages.train import train
 from tests.support.tiny import write_llama
 
-STAGES = (fetch, prepare, tokenize, train, evaluate, merge, generate)
+STAGES = (fetch, prepare, tokenize, baseline, train, merge, evaluate, generate, report)
 
 
 def run(*stages: Any) -> None:
@@ -40,7 +42,8 @@ def digests(*folders: str) -> dict[str, str]:
 
 def test_the_same_input_gives_the_same_bytes(project: Path) -> None:
     made = ("data/prepared", "data/tokens", "artifacts/adapter", "artifacts/merged", "artifacts/evaluate",
-            "artifacts/samples", "artifacts/metrics", "artifacts/plots")  # fmt: skip
+            "artifacts/samples", "artifacts/metrics", "artifacts/plots", "artifacts/baseline", "artifacts/details",
+            "artifacts/report")  # fmt: skip
     run()
     first = digests(*made)
     run()
@@ -50,9 +53,9 @@ def test_the_same_input_gives_the_same_bytes(project: Path) -> None:
 
 def test_every_row_is_accounted_for(project: Path) -> None:
     run(fetch, prepare, tokenize)
-    ledger = read("artifacts/metrics/prepare.json")
+    ledger = read("artifacts/details/prepare.json")
     assert ledger["all"]["rows_in"] == 40
-    tokens = read("artifacts/metrics/tokenize.json")
+    tokens = read("artifacts/details/tokenize.json")
     for figures in (ledger, tokens):
         for part in figures.values():
             dropped = sum(count for name, count in part.items() if name.startswith("dropped_"))
@@ -65,22 +68,23 @@ def test_evaluate_scores_base_and_adapter_on_the_same_tokens(project: Path) -> N
 
     run(fetch, prepare, tokenize)
     train(overrides=["train.iters=60", "train.learning_rate=0.01"])
-    evaluate()
-    metrics = read("artifacts/metrics/evaluate.json")
-    assert metrics["adapter"]["loss"] < metrics["base"]["loss"]
-    assert metrics["tokens"] == read("artifacts/metrics/tokenize.json")["test"]["trained_tokens"]
+    run(baseline, merge, evaluate)
+    numbers = read("artifacts/details/evaluate.json")
+    scores = {name: numbers["models"][name]["loss"]["value"] for name in ("base", "adapter", "merged")}
+    assert scores["adapter"] < scores["base"]
+    assert scores["merged"] == pytest.approx(scores["adapter"], abs=1e-3)
+    assert numbers["tokens"] == read("artifacts/details/tokenize.json")["test"]["trained_tokens"]
     table = pq.read_table("artifacts/evaluate/rows.parquet").to_pydict()
-    total = sum(loss * count for loss, count in zip(table["base_loss"], table["tokens"], strict=True))
-    assert metrics["base"]["loss"] == pytest.approx(total / metrics["tokens"], abs=1e-4)
+    assert scores["base"] == pytest.approx(sum(table["base_loss"]) / numbers["tokens"], abs=1e-4)
 
 
-def test_show_prints_metrics_and_answers(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_the_sentence_and_the_reports_path(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run()
     capsys.readouterr()
     show()
     shown = capsys.readouterr().out
-    assert f"{read('artifacts/metrics/evaluate.json')['adapter']['loss']:.4f}" in shown
-    assert "9 더하기 9는?" in shown
+    assert f"{read('artifacts/details/evaluate.json')['sentence']}\n" in shown
+    assert "artifacts/report/index.html" in shown
 
 
 def test_the_merged_directory_opens_in_mlx_lm_and_transformers(project: Path) -> None:
@@ -91,7 +95,7 @@ def test_the_merged_directory_opens_in_mlx_lm_and_transformers(project: Path) ->
     model, tokenizer = load("artifacts/merged")
     assert model.args.model_type == AutoConfig.from_pretrained("artifacts/merged").model_type == "llama"
     assert tokenizer.encode("가") == AutoTokenizer.from_pretrained("artifacts/merged").encode("가")
-    assert read("artifacts/metrics/merge.json")["mean_divergence"] == 0.0
+    assert read("artifacts/details/merge.json")["mean_divergence"] == 0.0
 
 
 def test_a_chat_template_of_the_users_own_goes_with_the_merged_model(project: Path) -> None:
@@ -142,7 +146,7 @@ def test_a_base_that_changed_since_fetch_is_refused(project: Path, tiny_llama: P
 
 
 @pytest.mark.parametrize(
-    "stage", [prepare, tokenize, train, evaluate, merge, generate], ids=lambda stage: stage.__name__
+    "stage", [prepare, tokenize, baseline, train, evaluate, merge, generate, report], ids=lambda stage: stage.__name__
 )
 def test_no_stage_replaces_a_folder_that_is_not_its_own(project: Path, stage: Any) -> None:
     run()
@@ -183,11 +187,11 @@ def test_a_prompt_streams_to_the_terminal_and_writes_nothing(project: Path, caps
 
 @pytest.mark.parametrize(
     ("override", "what"),
-    [("generate.max_tokens=2", "max_tokens"), ("generate.temperature=5.0", "temperature"), ("seed=7", "seed")],
+    [("generate.max_tokens=2", "max_tokens"), ("generate.temperature=5.0", "temperature"), ("generate.seed=7", "seed")],
 )
 def test_generation_follows_its_parameters(project: Path, override: str, what: str) -> None:
     run()
-    overrides = [override] if what != "seed" else ["generate.temperature=5.0", "seed=7"]
+    overrides = [override] if what != "seed" else ["generate.temperature=5.0", "generate.seed=7"]
     if what == "seed":
         generate(overrides=["generate.temperature=5.0"])
     before = digests("artifacts/samples")
@@ -236,20 +240,20 @@ def test_the_best_adapter_is_kept_and_its_step_told(project: Path) -> None:
         "train.val_batches=-1",
     ]
     train(overrides=[*options, "train.keep=best"])
-    metrics = read("artifacts/metrics/train.json")
+    metrics = read("artifacts/details/train.json")
     assert metrics["kept_step"] < metrics["steps"] == 30
     train(overrides=[*options, "train.keep=best", "train.patience=2"])
-    assert read("artifacts/metrics/train.json")["steps"] < 30
-    assert read("artifacts/metrics/train.json")["stopped_early"] == 1
+    assert read("artifacts/details/train.json")["steps"] < 30
+    assert read("artifacts/details/train.json")["stopped_early"] == 1
 
 
 def test_training_starts_from_an_earlier_adapter(project: Path) -> None:
     run(fetch, prepare, tokenize)
     train(overrides=["train.learning_rate=0.01", "train.iters=40"])
     shutil.copytree("artifacts/adapter", "earlier")
-    reached = read("artifacts/metrics/train.json")["valid_loss"]
+    reached = read("artifacts/details/train.json")["valid_loss"]
     train(overrides=["train.init_adapter=earlier"])
-    assert read("artifacts/metrics/train.json")["valid_loss_before"] == reached
+    assert read("artifacts/details/train.json")["valid_loss_before"] == reached
     with pytest.raises(ValueError, match=r"lora.rank is 4 there and 2 here; set lora.rank to 4"):
         train(overrides=["train.init_adapter=earlier", "lora.rank=2"])
     with pytest.raises(ValueError, match=r"nowhere/adapter_config.json: no such file"):
@@ -285,9 +289,9 @@ def test_reports_and_validations_shape_the_curves_alone(project: Path) -> None:
 def test_epochs_count_passes_over_the_rows(project: Path) -> None:
     run(fetch, prepare, tokenize)
     train(overrides=["train.iters=null", "train.epochs=2"])
-    metrics = read("artifacts/metrics/train.json")
+    metrics = read("artifacts/details/train.json")
     assert metrics["epochs"] == 2.0
-    assert metrics["trained_tokens"] == 2 * read("artifacts/metrics/tokenize.json")["train"]["trained_tokens"]
+    assert metrics["trained_tokens"] == 2 * read("artifacts/details/tokenize.json")["train"]["trained_tokens"]
 
 
 def test_timing_is_written_apart_from_the_metrics(project: Path) -> None:
@@ -296,12 +300,13 @@ def test_timing_is_written_apart_from_the_metrics(project: Path) -> None:
     assert timing["seconds"] > timing["seconds_to_first_update"] > 0
     assert timing["tokens_per_second"] > 0 and len(timing["tokens_per_second_by_epoch"]) == 1
     assert timing["peak_memory_bytes"] > 50e6  # Python and MLX alone take as much
-    assert timing["padded_share"] == read("artifacts/metrics/train.json")["padded_share"]
+    assert timing["padded_share"] == read("artifacts/details/train.json")["padded_share"]
     train(overrides=["train.iters=null", "train.epochs=3"])
     assert len(read("artifacts/timing/train.json")["tokens_per_second_by_epoch"]) == 3
-    run(evaluate)
-    rates = read("artifacts/timing/evaluate.json")
-    assert set(rates) == {"base_tokens_per_second", "adapter_tokens_per_second"} and min(rates.values()) > 0
+    run(baseline, merge, evaluate)
+    rates = read("artifacts/timing/baseline.json") | read("artifacts/timing/evaluate.json")
+    assert set(rates) == {f"{name}_tokens_per_second" for name in ("base", "adapter", "merged")}
+    assert min(rates.values()) > 0
 
 
 @pytest.mark.parametrize(
@@ -323,10 +328,10 @@ def test_train_says_what_keeps_the_fused_loss_away(
 def test_epochs_of_batches_by_tokens_see_every_row(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(fetch, prepare, tokenize)
     train(overrides=["train.iters=null", "train.epochs=2", "train.batch_size=null", "train.batch_tokens=300"])
-    figures = read("artifacts/metrics/train.json")
+    figures = read("artifacts/details/train.json")
     assert figures["epochs"] == 2
     assert f" {figures['steps']} updates of 300 tokens at most, " in capsys.readouterr().out
-    assert figures["trained_tokens"] == 2 * read("artifacts/metrics/tokenize.json")["train"]["trained_tokens"]
+    assert figures["trained_tokens"] == 2 * read("artifacts/details/tokenize.json")["train"]["trained_tokens"]
 
 
 @pytest.mark.parametrize(("wanted", "said"), [("on", True), ("auto", False), ("off", False)])

@@ -54,7 +54,7 @@ def run(*sets: str, raw: str = "raw") -> dict[str, list[dict[str, Any]]]:
 
 
 def ledger(name: str = "all") -> dict[str, int]:
-    return dict(json.loads(Path("artifacts/metrics/prepare.json").read_text(encoding="utf-8"))[name])
+    return dict(json.loads(Path("artifacts/details/prepare.json").read_text(encoding="utf-8"))[name])
 
 
 def contents(row: dict[str, Any]) -> dict[str, Any]:

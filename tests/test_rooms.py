@@ -13,8 +13,8 @@ from tests.support.imports import MODULES, ROOT, rooms_imported, third_party
 # From the top down: a room imports from rooms below it alone.
 ORDER = (
     "cli", "reporting", "results", "training", "measuring", "scoring", "merging", "decoding", "lora", "model",
-    "encoding", "prompting", "questions", "tokens", "chat", "corpus", "prepared", "schemas", "readers", "sources", "base",
-    "tables", "files", "params",
+    "encoding", "prompting", "questions", "tokens", "chat", "corpus", "prepared", "schemas", "readers", "sources",
+    "base", "tables", "files", "params",
 )  # fmt: skip
 NUMERICAL = {"model", "lora", "measuring", "scoring", "training", "merging", "decoding"}
 TEXT = {

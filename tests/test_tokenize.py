@@ -50,7 +50,7 @@ def run(*sets: str, to_train: bool = True) -> pa.Table:
 
 
 def ledger(name: str = "all") -> dict[str, Any]:
-    return dict(json.loads(Path("artifacts/metrics/tokenize.json").read_text(encoding="utf-8"))[name])
+    return dict(json.loads(Path("artifacts/details/tokenize.json").read_text(encoding="utf-8"))[name])
 
 
 def learned(table: pa.Table) -> list[bytes]:

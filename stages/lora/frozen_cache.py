@@ -5,17 +5,22 @@ In: a patched model, the number of its frozen layers, the rows. Out: `FrozenLaye
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 
 from stages.base import store
 from stages.files.hashes import digest_of
 from stages.lora import code, kernels
+from stages.lora.adapter import frozen_layers
 from stages.lora.frozen import FrozenLayers, embedded
 from stages.lora.selfcheck import Check, compare
 from stages.lora.state_cache import StateCache, evict
@@ -23,6 +28,8 @@ from stages.model import blas
 from stages.model.load import floating_dtype
 from stages.params import schema
 from stages.tokens.row import TokenRow
+
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 def open_frozen(
@@ -49,6 +56,22 @@ def open_frozen(
     if cache is None:
         return frozen, f"{what} each time ({reason}); model.cache_frozen: off computes them with the batch"
     return frozen, f"{what} once and kept ({cache.size() / 1e6:,.0f} MB so far, in {folder.parent}/{folder.name[:8]}…)"
+
+
+def frozen_identity(model: nn.Module, adapted: Iterable[str]) -> str:
+    """Digest of the weights below the first adapted layer: of a merged model the same in every experiment.
+
+    In place of a base model's identity, it finds the states of a model whose other layers change.
+    """
+    layers = frozen_layers(adapted, len(model.layers))
+    digest = hashlib.sha256()
+    for name, array in sorted(tree_flatten(model.parameters())):
+        index = _LAYER.search(name)
+        if index is None or int(index[1]) < layers:
+            digest.update(f"{name} {array.dtype} {array.shape}".encode())
+            is_float = mx.issubdtype(array.dtype, mx.floating)
+            digest.update(np.array(array.astype(mx.float32) if is_float else array).tobytes())
+    return digest.hexdigest()
 
 
 def check_frozen(frozen: FrozenLayers, rows: Sequence[TokenRow]) -> Check:

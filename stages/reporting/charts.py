@@ -175,9 +175,8 @@ def changes(differences: Sequence[float], *, better: int, worse: int) -> Chart:
 
 
 def _round_width(width: float) -> float:
-    """The next larger of 1, 2 and 5 times a power of ten."""
-    if width <= 0:
-        return 0.01
+    """The next larger of 1, 2 and 5 times a power of ten, or a millionth: smaller changes are rounding."""
+    width = max(width, 1e-6)
     power = 10.0 ** math.floor(math.log10(width))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= width * (1 - 1e-9))
 

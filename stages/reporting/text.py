@@ -23,7 +23,7 @@ _SCRIPTS = {
     "ja": re.compile(r"[\u3040-\u30ff]"),
     "zh": re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]"),
 }
-_CODE = re.compile(r"```|^(?: {2}|\t)\S", re.MULTILINE)
+_CODE = re.compile(r"```|^(?: {2,}|\t+)\S", re.MULTILINE)
 
 
 def visible(text: str) -> str:

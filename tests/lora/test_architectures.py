@@ -16,6 +16,7 @@ from mlx_lm.models.rope_utils import SuScaledRoPE
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model, save_model
 
+from stages.baseline import baseline
 from stages.evaluate import evaluate
 from stages.fetch import fetch
 from stages.generate import generate
@@ -244,11 +245,11 @@ def test_every_stage_runs_on_a_phi_3_vision(project: Path, tmp_path: Path) -> No
     prepare()
     tokenize()
     train_stage(overrides=["lora.targets=[self_attn.qkv_proj]"])
-    for stage in (evaluate, merge_stage, generate):
+    for stage in (baseline, merge_stage, evaluate, generate):
         stage()
     merged = json.loads(Path("artifacts/merged/config.json").read_text(encoding="utf-8"))
     assert merged["model_type"] == "phi3"
-    assert json.loads(Path("artifacts/metrics/merge.json").read_text(encoding="utf-8"))["same_choice"] == 1.0
+    assert json.loads(Path("artifacts/details/merge.json").read_text(encoding="utf-8"))["same_choice"] == 1.0
 
 
 def test_transformers_reads_the_merged_config_of_a_phi_3_vision(tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stages.baseline import baseline
 from stages.evaluate import evaluate
 from stages.fetch import fetch
 from stages.files.hashes import sha256
 from stages.lora import code, frozen_cache
 from stages.lora.frozen import FrozenLayers
 from stages.lora.selfcheck import Check
+from stages.merge import merge
 from stages.prepare import prepare
 from stages.tokenize import tokenize
 from stages.train import train
@@ -57,7 +59,7 @@ def computed(monkeypatch: pytest.MonkeyPatch, *overrides: str, stage: Any = trai
 
 
 def test_each_row_is_computed_once_and_never_again(tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    used = json.loads(Path("artifacts/metrics/tokenize.json").read_text(encoding="utf-8"))
+    used = json.loads(Path("artifacts/details/tokenize.json").read_text(encoding="utf-8"))
     rows = used["train"]["rows_used"] + used["valid"]["rows_used"]
     assert computed(monkeypatch) == rows
     first = caches()
@@ -67,7 +69,10 @@ def test_each_row_is_computed_once_and_never_again(tokens: Path, monkeypatch: py
     ):  # fmt: skip
         assert computed(monkeypatch, kept) == 0, kept
     assert caches() == first
-    assert computed(monkeypatch, stage=evaluate) == used["test"]["rows_used"]
+    baseline()
+    merge()
+    # The adapter's and the merged model's frozen layers are two models: test rows for both, general text for one.
+    assert computed(monkeypatch, stage=evaluate) == 2 * used["test"]["rows_used"] + 2
     assert computed(monkeypatch, stage=evaluate) == 0
 
 

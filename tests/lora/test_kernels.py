@@ -17,6 +17,7 @@ from mlx_lm.models import activations
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import QuantizedKVCache
 
+from stages.baseline import baseline
 from stages.evaluate import evaluate
 from stages.fetch import fetch
 from stages.lora import adapter, kernels, patches
@@ -24,6 +25,7 @@ from stages.lora.batches import collate
 from stages.lora.execution import set_up, use_kernels
 from stages.lora.loss import sum_loss
 from stages.lora.selfcheck import relative_difference
+from stages.merge import merge
 from stages.model.load import load_base, on_cpu
 from stages.params.loading import load_params
 from stages.prepare import prepare
@@ -341,36 +343,40 @@ def test_no_rows_need_no_kernels(model: Any) -> None:
 def adapter_and_scores() -> tuple[bytes, Any]:
     return (
         Path("artifacts/adapter/adapters.safetensors").read_bytes(),
-        json.loads(Path("artifacts/metrics/evaluate.json").read_text(encoding="utf-8")),
+        json.loads(Path("artifacts/details/evaluate.json").read_text(encoding="utf-8")),
     )
 
 
 def test_a_run_with_them_ends_where_one_without_them_does(project: Path) -> None:
-    for stage in (fetch, prepare, tokenize, train, evaluate):
+    for stage in (fetch, prepare, tokenize, baseline, train, merge, evaluate):
         stage()
     weights, scores = adapter_and_scores()
-    for stage in (train, evaluate):
+    for stage in (baseline, train, merge, evaluate):
         stage(overrides=["model.cpu_kernels=false"])
     plain_weights, plain_scores = adapter_and_scores()
     assert weights != plain_weights
     for who in ("base", "adapter"):
-        assert scores[who]["loss"] == pytest.approx(plain_scores[who]["loss"], abs=1e-4)
+        found, plain = (numbers["models"][who]["loss"]["value"] for numbers in (scores, plain_scores))
+        assert found == pytest.approx(plain, abs=2e-4)
 
 
 def test_evaluate_uses_them_only_when_told(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for stage in (fetch, prepare, tokenize, train):
+    for stage in (fetch, prepare, tokenize, baseline, train, merge):
         stage()
     seen: list[int] = []
     monkeypatch.setattr(patches, "patch_kernels", lambda model: seen.append(1))
+    baseline(overrides=["model.cpu_kernels=false"])
     evaluate(overrides=["model.cpu_kernels=false"])
     assert seen == []
-    evaluate()
+    baseline()
     assert seen == [1]
+    evaluate()
+    assert seen == [1, 1, 1]  # base model with adapter, merged model
 
 
-@pytest.mark.parametrize("stage", [train, evaluate])
+@pytest.mark.parametrize("stage", [baseline, train, evaluate])
 def test_the_user_hears_why_they_are_off(project: Path, capsys: pytest.CaptureFixture[str], stage: Any) -> None:
-    for earlier in (fetch, prepare, tokenize, train):
+    for earlier in (fetch, prepare, tokenize, baseline, train, merge):
         earlier()
     capsys.readouterr()
     stage(overrides=["model.dtype=bfloat16"])

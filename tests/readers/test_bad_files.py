@@ -247,7 +247,7 @@ SKIPPABLE = [row for row in BAD if row[0] == "a.jsonl" and row[1][: len(GOOD)] =
 def test_a_bad_row_can_be_skipped_and_is_counted(folder: Path, name: str, content: str) -> None:
     write(name, content)
     prepare([Path(name)], overrides=["prepare.on_bad_row=skip", *ALL_TO_TRAIN])
-    ledger = json.loads(Path("artifacts/metrics/prepare.json").read_text(encoding="utf-8"))["all"]
+    ledger = json.loads(Path("artifacts/details/prepare.json").read_text(encoding="utf-8"))["all"]
     assert (ledger["rows_in"], ledger["rows_used"], ledger["dropped_bad"]) == (2, 1, 1)
 
 
@@ -256,7 +256,7 @@ def test_a_broken_stream_can_be_skipped_and_is_counted(folder: Path) -> None:
     rows = "".join(f'{{"text": "{noise.random()}"}}\n' for _ in range(20_000)).encode()
     Path("a.jsonl.gz").write_bytes(gzip.compress(rows)[:-2000])
     prepare([Path("a.jsonl.gz")], overrides=["prepare.on_bad_row=skip"])
-    ledger = json.loads(Path("artifacts/metrics/prepare.json").read_text(encoding="utf-8"))["all"]
+    ledger = json.loads(Path("artifacts/details/prepare.json").read_text(encoding="utf-8"))["all"]
     assert ledger["dropped_bad"] == 1
     assert 0 < ledger["rows_used"] < 20_000
 

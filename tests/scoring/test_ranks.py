@@ -29,9 +29,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from stages.baseline import baseline
 from stages.cli import console
 from stages.evaluate import evaluate
 from stages.lora import adapter
+from stages.merge import merge
 from stages.model.load import load_base
 from stages.scoring import ranks as distributed
 from stages.scoring.ranks import ALONE, Ranks
@@ -282,7 +284,7 @@ def curve(folder: Path, name: str, column: str) -> np.ndarray:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    metrics = json.loads((folder / "artifacts" / "metrics" / "train.json").read_text(encoding="utf-8"))
+    metrics = json.loads((folder / "artifacts" / "details" / "train.json").read_text(encoding="utf-8"))
     return {
         "loss": curve(folder, "loss.csv", "loss"),
         "grad_norm": curve(folder, "loss.csv", "grad_norm"),
@@ -348,10 +350,14 @@ def test_evaluate_scores_on_two_ranks_what_it_scores_on_one(
     monkeypatch.setenv("LORABUILD_STORE", str(one / "store"))
     if not Path("artifacts/adapter").exists():
         train(overrides=["train.iters=3"])
+    baseline()
+    merge()
     evaluate()
     alone = pq.read_table("artifacts/evaluate/rows.parquet").to_pydict()
-    metrics = json.loads(Path("artifacts/metrics/evaluate.json").read_text(encoding="utf-8"))
+    metrics = json.loads(Path("artifacts/details/evaluate.json").read_text(encoding="utf-8"))
     shutil.rmtree("artifacts/evaluate")
+    for name in ("baseline", "merged"):
+        shutil.copytree(one / "artifacts" / name, two / "artifacts" / name)
     before = written(two)
     with ranks(machines, "-m", "stages.evaluate") as processes:
         said = outputs(processes)
@@ -364,10 +370,12 @@ def test_evaluate_scores_on_two_ranks_what_it_scores_on_one(
             np.testing.assert_allclose(together[name], column, rtol=1e-5)
         else:
             assert together[name] == column, name
-    found = json.loads(Path("artifacts/metrics/evaluate.json").read_text(encoding="utf-8"))
+    found = json.loads(Path("artifacts/details/evaluate.json").read_text(encoding="utf-8"))
     assert (found["rows"], found["tokens"]) == (metrics["rows"], metrics["tokens"])
     for name in ("base", "adapter"):
-        assert found[name] == pytest.approx(metrics[name], abs=2e-4)
+        assert found["models"][name]["loss"]["value"] == pytest.approx(
+            metrics["models"][name]["loss"]["value"], abs=2e-4
+        )
 
 
 def until(process: subprocess.Popen[str], start: str) -> None:

@@ -1,4 +1,4 @@
-"""Numbers as evaluate writes them, and a whole run for the report."""
+"""Numbers as evaluate writes them."""
 
 from __future__ import annotations
 

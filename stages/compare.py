@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stages.cli import console
 from stages.params.loading import PARAMS_FILE
-from stages.results import pairs, words
-from stages.results.intervals import LEVEL
+
+if TYPE_CHECKING:
+    from stages.results.pairs import Comparison
 
 WORKSPACE = "workspace"
 _ROWS, _ANSWERS = "artifacts/evaluate/rows.parquet", "artifacts/evaluate/answers.parquet"
@@ -51,6 +52,9 @@ def compare(
     Of several runs, a ranked table against the first, with intervals widened for the number of comparisons. The
     interval is over test rows: it says how sure it is that this adapter is better than that one on such rows.
     """
+    from stages.results import pairs
+    from stages.results.intervals import LEVEL
+
     names = {0: ["HEAD", WORKSPACE], 1: ["HEAD", *(revisions or [])]}.get(len(revisions or []), revisions or [])
     if experiments:
         names = ["HEAD", *_experiments()]
@@ -83,9 +87,7 @@ def _experiments() -> list[str]:
     with Repo() as repo:
         names = [name for found in repo.experiments.ls().values() for name, _ in found]
     if not names:
-        raise ValueError(
-            "there is no experiment of this commit; make one with: dvc exp run -S train.learning_rate=1e-4"
-        )
+        raise ValueError("this commit has no experiment; make one with: dvc exp run -S train.learning_rate=1e-4")
     return sorted(names)
 
 
@@ -95,6 +97,7 @@ def _read(name: str) -> Revision:
     Raises:
         ValueError: there is no such revision, or a file of it is not here.
     """
+    from stages.results import pairs
     from stages.tables.parquet import parse_table
 
     files = _Files(name)
@@ -177,8 +180,10 @@ def _show_differences(first: Revision, other: Revision) -> None:
     console.table("What differs", ("", first.name, other.name), lines, numeric=False)
 
 
-def _show_rows(first: Revision, other: Revision, compared: pairs.Comparison, count: int) -> None:
+def _show_rows(first: Revision, other: Revision, compared: Comparison, count: int) -> None:
     """The rows whose loss fell most and rose most, with both runs' answers."""
+    from stages.results import words
+
     for title, rows in (("Most better", compared.best(count)), ("Most worse", compared.worst(count))):
         for row in rows:
             answered = [run.answers.get(row.id) for run in (first, other)]
@@ -195,10 +200,10 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
 
 
-def _show_ranked(
-    first: Revision, others: Sequence[Revision], compared: Sequence[pairs.Comparison], level: float
-) -> None:
+def _show_ranked(first: Revision, others: Sequence[Revision], compared: Sequence[Comparison], level: float) -> None:
     """A line a run, the largest gain first."""
+    from stages.results import words
+
     both = sorted(zip(others, compared, strict=True), key=lambda pair: pair[1].difference.value)
     lines = [
         (run.name, f"{found.rows:,}", f"{found.better:,}", words.signed(found.difference), found.verdict)

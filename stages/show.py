@@ -9,7 +9,6 @@ import typer
 
 from stages.cli import console
 from stages.files.outputs import read_json
-from stages.results import summary
 
 _REMEDY = "make it with: dvc repro"
 
@@ -19,6 +18,8 @@ def show(
     report: Annotated[Path, typer.Option(help="The page that report wrote.")] = Path("artifacts/report/index.html"),
 ) -> None:
     """Print what evaluate found, base model beside adapter: tables, then the sentence with its 95% interval."""
+    from stages.results import summary
+
     numbers = read_json(details, _REMEDY)
     try:
         tables, sentence, power = list(summary.shown(numbers)), numbers["sentence"], numbers["power"]

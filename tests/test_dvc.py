@@ -16,7 +16,7 @@ import pytest
 
 from stages.lora import code
 from tests.support.dag import DAG, STAGES, paths
-from tests.support.dvc_project import adapter, commit, dvc, environment, git, make_project, ran
+from tests.support.dvc_project import adapter, commit, dvc, environment, git, make_project, python, ran
 from tests.support.imports import MODULES, ROOT
 
 LOOKS = ["fetch"]  # what runs each time, to see whether the base model is what it was

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import sys
 import types
 import unicodedata
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from stages.base.manifest import read_manifest
 from stages.params.loading import ParamsError
 from stages.prepare import prepare
 from stages.prepared.splits import SPLITS
@@ -374,3 +376,40 @@ def test_files_that_are_no_rows_are_named(capsys: pytest.CaptureFixture[str]) ->
     Path("raw/notes.docx").write_bytes(b"")
     run()
     assert "passed over: raw/notes.docx" in capsys.readouterr().out
+
+
+def test_test_rows_carry_columns_that_training_rows_do_not_depend_on(project: Path) -> None:
+    from stages.fetch import fetch
+    from stages.tokenize import tokenize
+    from stages.tokens.parquet import read_tokens
+
+    def made(*overrides: str) -> tuple[bytes, Any]:
+        prepare(overrides=list(overrides))
+        tokenize()
+        identity = read_manifest(Path("artifacts/base.json")).tokenizer_identity
+        return Path("data/tokens/train.parquet").read_bytes(), read_tokens(
+            Path("data/tokens/test.parquet"), tokenizer=identity
+        )
+
+    rows = [{"question": f"{i}?", "answer": "yes", "subject": "math", "level": i % 2} for i in range(40)]
+    Path("data/raw/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    fetch()
+    without, plain = made()
+    carried, labelled = made("prepare.carry=[subject, level]")
+    assert carried == without
+    assert plain[0].carried == {} and labelled[0].carried in (
+        {"subject": "math", "level": "0"}, {"subject": "math", "level": "1"},
+    )  # fmt: skip
+    grouped = made("prepare.group_by=question")[1]
+    assert all((row.group or "").endswith("?") for row in grouped)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [("[x]", "no row has anything in 'x'"), ("[a]", "rows.jsonl:1: has no text or number in 'a'")]
+)
+def test_a_column_that_cannot_be_carried_is_named(project: Path, value: str, said: str) -> None:
+    Path("data/raw/rows.jsonl").write_text(
+        "".join(f'{{"question": "{i}?", "answer": "yes", "a": [1]}}\n' for i in range(40)), encoding="utf-8"
+    )
+    with pytest.raises(ValueError, match=re.escape(said)):
+        prepare(overrides=[f"prepare.carry={value}"])

@@ -25,7 +25,7 @@ def test_the_sentence_comes_last_with_the_reports_path(
     page.touch()
     show(details, page)
     lines = capsys.readouterr().out.replace("\n" + str(page), str(page)).splitlines()
-    assert lines[-2] == EVALUATED["sentence"]
+    assert lines[-3:-1] == [EVALUATED["sentence"], EVALUATED["power"]]
     assert str(page) in lines[-1]
 
 

@@ -53,6 +53,7 @@ def write_corpus(folder: Path, sources: list[Source], options: Prepare, advance:
     schemas: dict[str, str] = {}
     unread: dict[str, list[str]] = {}
     bad: list[str] = []
+    carried: set[str] = set()
     folder.mkdir()
     with SplitFiles(folder, ledger) as files:
         for source in _held_out_first(sources):
@@ -67,6 +68,7 @@ def write_corpus(folder: Path, sources: list[Source], options: Prepare, advance:
                     continue
                 schemas[source.name] = row.schema
                 names.update(dict.fromkeys(row.unread))
+                carried.update(name for name, value in (row.carried or {}).items() if value)
                 split = home or (None if allocation.by_count else allocation.split_of(row.point))
                 if reason := sieve.judge(row, split or "train"):
                     ledger.dropped(split or "train", reason)
@@ -76,6 +78,8 @@ def write_corpus(folder: Path, sources: list[Source], options: Prepare, advance:
             ledger.add(home or "train", unread_columns=len(names))
         if allocation.by_count:
             files.allocate(allocation)
+    if missing := [name for name in options.carry if name not in carried]:
+        raise ValueError(f"no row has anything in {missing[0]!r}, which prepare.carry names; correct the name")
     _refuse_empty(ledger, [name for name in SPLITS if name in provided or allocation.wants(name)], bad)
     write_json(folder / SOURCES_FILE, _about(sources, ledger, schemas, unread))
     return Report(ledger, schemas, unread, sieve.near_pairs)

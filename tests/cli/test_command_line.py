@@ -84,4 +84,4 @@ def test_nothing_half_written_after_a_failure(project: Path) -> None:
     done = command("stages.prepare", cwd=project)
     assert done.returncode == 1
     assert done.stderr.startswith("error: data/raw/rows.jsonl:41: not valid JSON")
-    assert sorted(path.name for path in (project / "data").iterdir()) == ["prompts.jsonl", "raw"]
+    assert sorted(path.name for path in (project / "data").iterdir()) == ["general.jsonl", "prompts.jsonl", "raw"]

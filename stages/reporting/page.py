@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from stages.reporting import charts, tables, text, vega
 from stages.reporting.inputs import Run
@@ -53,14 +52,15 @@ def page(run: Run) -> str:
         params=_flat(run.params),
         charts=drawn,
         specs={name: chart.spec for name, chart in drawn.items()},
-        style=Markup(style),  # noqa: S704  a file of the project's own
-        scripts=[Markup(each) for each in scripts],  # noqa: S704
+        style=style,
+        scripts=scripts,
         hashes=[_policy_hash(each) for each in scripts],
     )
 
 
 def _shown(value: Any) -> Any:
-    return text.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    # What has __html__ is HTML already: a macro's output, and what `safe` and `tojson` give.
+    return text.visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def _policy_hash(script: str) -> str:

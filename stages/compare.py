@@ -144,12 +144,15 @@ class _Files:
     def __init__(self, name: str) -> None:
         from dvc.api import DVCFileSystem
         from dvc.exceptions import DvcException, NotDvcRepoError
-        from dvc.scm import RevError, SCMError
+        from dvc.repo import Repo
+        from dvc.scm import RevError, SCMError, resolve_rev
 
         self._name = name
         try:
+            if name != WORKSPACE:
+                with Repo() as repo:
+                    resolve_rev(repo.scm, name)
             self._files = DVCFileSystem(rev=None if name == WORKSPACE else name)
-            self._files.exists("dvc.yaml")
         except (RevError, SCMError) as error:
             raise ValueError(
                 f"{name}: no such experiment, branch, tag or commit ({error}); see: dvc exp list"
@@ -158,11 +161,9 @@ class _Files:
             raise ValueError(f"{error}; run this in the project's folder") from None
 
     def read(self, path: str) -> bytes:
-        from dvc.exceptions import DvcException
-
         try:
             content: bytes = self._files.cat_file(path)
-        except (OSError, DvcException):
+        except Exception:  # the layers of DVC's storage have errors of their own for what is not there
             hint = "make it with: dvc repro"
             if self._name != WORKSPACE:
                 hint = "if it was made and pushed, get it with: dvc pull --all-commits (experiments: dvc exp pull)"

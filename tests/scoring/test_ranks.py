@@ -350,6 +350,8 @@ def test_evaluate_scores_on_two_ranks_what_it_scores_on_one(
     monkeypatch.setenv("LORABUILD_STORE", str(one / "store"))
     if not Path("artifacts/adapter").exists():
         train(overrides=["train.iters=3"])
+    Path("data/prompts.jsonl").write_text('{"prompt": "9 + 9?"}\n', encoding="utf-8")
+    Path("data/general.jsonl").write_text('{"text": "It rains."}\n', encoding="utf-8")
     baseline()
     merge()
     evaluate()

@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.run ## Make .venv with all that the stages need
+setup: $(VENV)/.run .dvc/plots.html ## Make .venv with all that the stages need
 
 demo: setup ## Fetch the default base model, run the whole pipeline, show the result
 	@dvc repro
@@ -77,9 +77,12 @@ REMOVE_OUTPUTS := from dvc.repo import Repo; \
 clean: ## Remove .venv and everything that the pipeline made here (the store of base models stays)
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -c '$(REMOVE_OUTPUTS)'; \
 	  else echo "There is no $(VENV), so no DVC to ask for the stages' outputs: these stay (make setup clean removes them)"; fi
-	rm -rf artifacts/cache artifacts/checkpoints artifacts/timing .dvc/cache .dvc/tmp
+	rm -rf artifacts/cache artifacts/checkpoints artifacts/timing .dvc/cache .dvc/plots.html .dvc/tmp
 	rm -rf $(VENV) $(PEERS) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find benchmarks stages tests -name __pycache__ -prune -exec rm -rf {} +
+
+# The page that `dvc plots` fills in. .dvc/config names it, and DVC fails without it.
+PLOTS_PAGE := $(BIN)/python -m stages.plots
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 …")'
@@ -87,8 +90,10 @@ $(BIN)/python:
 
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[$(BACKEND)]'
-	@$(BIN)/python -m stages.plots
 	@touch $@
+
+.dvc/plots.html: $(VENV)/.run
+	@$(PLOTS_PAGE)
 
 $(PEERS)/.done: pyproject.toml constraints.txt | $(BIN)/python
 	$(PYTHON) -m venv $(PEERS)
@@ -98,5 +103,5 @@ $(PEERS)/.done: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[$(BACKEND),dev,browser]'
-	@$(BIN)/python -m stages.plots
 	@touch $@ $(VENV)/.run
+	@$(PLOTS_PAGE)

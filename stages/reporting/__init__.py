@@ -1,1 +1,1 @@
-"""All that a run made → one page that needs no network."""
+"""A run's files → one page that shows them all, and needs no network."""

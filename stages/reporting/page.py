@@ -1,143 +1,113 @@
-"""The report's page: one HTML file with its own style, script and charts. The same inputs give the same bytes."""
+"""The report's page: one HTML file with its own style, script and charts. The same run gives the same bytes."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from stages.reporting import charts, vega
+from stages.reporting import charts, tables, text, vega
+from stages.reporting.inputs import Run
 from stages.results import words
-from stages.results.summary import MODELS, estimate, label
 
-_TEMPLATE = "page.html.j2"
-_MEANINGS = {
-    "loss": "mean negative log-likelihood of a token, in nats: lower is better",
-    "perplexity": "e to the power of the loss: lower is better",
-    "bits per byte": "the loss by the text's bytes: comparable between tokenizers",
-    "token accuracy": "share of tokens that the model would have chosen itself",
-    "exact match": "share of answers that are the reference, character for character",
-    "normalized match": "the same, but for case, width, punctuation and white space",
-    "chrF": "overlap of short runs of characters with the reference, 0 to 100",
-    "ROUGE-L": "longest common sequence of words (in Korean, of syllables), 0 to 1",
-    "repetition": "share of four words (syllables) in a row that the answer said before",
-    "tokens": "length of an answer",
-    "stopped": "share of answers that ended by themselves, before the limit",
-    "parses": "share of answers that are valid in the references' format",
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run made, as read from its files. `details` are the numbers of each stage by its name."""
-
-    details: Mapping[str, Mapping[str, Any]]
-    rows: Sequence[Mapping[str, Any]]
-    answers: Sequence[Mapping[str, Any]]
-    samples: Sequence[Mapping[str, str]]
-    curves: Mapping[str, Sequence[dict[str, Any]]]  # loss, valid_loss, lengths
-    base: Mapping[str, Any]
-    params: Mapping[str, Any]
-    versions: Mapping[str, str]
-    hashes: Mapping[str, str]  # path → sha256
+_FOLDER = Path(__file__).parent
 
 
 def page(run: Run) -> str:
     """The HTML of a run's report."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_shown,
     )
     environment.filters |= {
-        "signed": _signed,
-        "interval": _interval,
-        "number": words.number,
-        "label": label,
+        "language": text.language,
+        "is_code": text.is_code,
         "unbroken": _unbroken,
         "change": words.change,
+        "number": words.number,
     }
-    found = run.details["evaluate"]
-    return environment.get_template(_TEMPLATE).render(
+    style, script = ((_FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    scripts = [vega.script(), script]
+    numbers, drawn = run.details["evaluate"], _charts(run)
+    return environment.get_template("page.html.j2").render(
         run=run,
-        found=found,
-        models=MODELS,
-        meanings=_MEANINGS,
+        numbers=numbers,
+        forgetting=tables.forgetting(numbers["forgetting"]),
+        scores=tables.metrics(numbers),
+        general=tables.groups("General text", "text", numbers["forgetting"]["groups"]),
+        answer_scores=numbers["answers"] and tables.answers(numbers["answers"]),
         answers=_answers(run),
-        ledger=_ledger(run.details),
+        ledgers=[tables.ledger(stage, run.details[stage]) for stage in ("prepare", "tokenize")],
+        merge=tables.words_of_merge(run.details["merge"], run.params["merge"]["max_divergence"]),
         params=_flat(run.params),
-        charts=_embedded(_charts(run)),
-        vega=vega.script(),
+        charts=drawn,
+        specs={name: chart.spec for name, chart in drawn.items()},
+        style=style,
+        scripts=scripts,
+        hashes=[_policy_hash(each) for each in scripts],
     )
 
 
-def _charts(run: Run) -> dict[str, Any]:
-    trained = run.details["train"]
-    changes = [
-        {"source": row["source"], "change": (row["adapter_loss"] - row["base_loss"]) / row["tokens"]}
-        for row in run.rows
-    ]
-    return {
-        "changes": charts.changes(changes),
-        "losses": charts.losses(
-            run.curves["loss"], run.curves["valid_loss"], trained.get("kept_step", trained["steps"])
+def _shown(value: Any) -> Any:
+    # What has __html__ is HTML already: a macro's output, and what `safe` and `tojson` give.
+    return text.visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+
+def _policy_hash(script: str) -> str:
+    """The name of a script in a Content-Security-Policy: no other script runs."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def _unbroken(sentence: str) -> str:
+    """A text whose intervals stay on one line."""
+    return re.sub(r"\[[^\]]*\]", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), sentence)
+
+
+def _charts(run: Run) -> dict[str, charts.Chart]:
+    """The charts by name; those without a number to show are left out."""
+    numbers, trained = run.details["evaluate"], run.details["train"]
+    made = [
+        charts.changes(
+            [(row["adapter_loss"] - row["base_loss"]) / row["tokens"] for row in run.rows],
+            better=numbers["difference"]["rows_better"],
+            worse=numbers["difference"]["rows_worse"],
         ),
-        "lengths": charts.lengths(run.curves["lengths"]),
-    }
+        charts.losses(run.losses, run.valid_losses, trained.get("kept_step", trained["steps"])),
+        charts.lengths(run.lengths, run.params["tokenize"]["max_length"]),
+    ]
+    if slices := numbers["slices"]:
+        table = tables.groups(f"Test rows by {slices['by']}", slices["by"], slices["groups"])
+        made.append(charts.slices(slices["by"], slices["groups"], table))
+    return {chart.name: chart for chart in made}
 
 
-def _embedded(content: Any) -> str:
-    """JSON that may stand in a script element: no text in it can end the element."""
-    return json.dumps(content, ensure_ascii=False, sort_keys=True).replace("<", "\\u003c")
-
-
-def _answers(run: Run) -> list[dict[str, Any]]:
-    """The answers, each with its gain in chrF and its row's change in loss."""
-    changes = {row["id"]: (row["adapter_loss"] - row["base_loss"]) / row["tokens"] for row in run.rows}
+def _answers(run: Run) -> list[Mapping[str, Any]]:
+    """The answers, each with what it gained in chrF and what its row gained in loss: more is better."""
+    gains = {row["id"]: (row["base_loss"] - row["adapter_loss"]) / row["tokens"] for row in run.rows}
     return [
-        {**answer, "gain": answer["tuned_chrf"] - answer["base_chrf"], "change": changes[answer["id"]]}
+        {**answer, "chrf_gain": answer["tuned_chrf"] - answer["base_chrf"], "loss_gain": gains[answer["id"]]}
         for answer in run.answers
     ]
 
 
-def _ledger(details: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, list[Any]]]]]:
-    """Of each of the stages that take rows: its counts by split, without those that are 0 everywhere."""
-    splits = ("train", "valid", "test", "all")
-    ledger = []
-    for stage in ("prepare", "tokenize"):
-        counts = details[stage]
-        names = [name for name in counts["all"] if any(counts[split][name] for split in splits)]
-        ledger.append((stage, [(name.replace("_", " "), [counts[split][name] for split in splits]) for name in names]))
-    return ledger
+def _flat(params: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Section → key → value; a key without a section stands under an empty one."""
+    sections: dict[str, dict[str, str]] = {}
+    for name, part in params.items():
+        section, values = (name, part) if isinstance(part, dict) else ("", {name: part})
+        sections.setdefault(section, {}).update({key: _value(value) for key, value in values.items()})
+    return sections
 
 
-def _flat(params: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """`section.key` → value as YAML's readers write it."""
-    flat = []
-    for section, part in params.items():
-        keys = {f"{section}.{key}": value for key, value in part.items()} if isinstance(part, dict) else {section: part}
-        flat += [(key, json.dumps(value, ensure_ascii=False)) for key, value in keys.items()]
-    return flat
-
-
-def _signed(numbers: Mapping[str, Any]) -> str:
-    return words.signed(estimate(dict(numbers)))
-
-
-def _unbroken(text: str) -> str:
-    """A text whose intervals stay on one line."""
-    return re.sub(r"\[[^\]]*\]", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
-
-
-def _interval(numbers: Mapping[str, Any]) -> str:
-    found = estimate(dict(numbers))
-    if found.low is None or found.high is None:
-        return ""
-    return f"[{words.number(found.low)}, {words.number(found.high)}]"
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

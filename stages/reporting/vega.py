@@ -5,17 +5,15 @@ The script comes with the package vl-convert-python, and is the same for the sam
 
 from __future__ import annotations
 
-from functools import cache
-
 import vl_convert
 
-# The part between `{scripts}` and `{plot_divs}` is for DVC, which fills them in. Its own scripts come from a network.
+# DVC fills in `{refresh_tag}` and `{plot_divs}`. There is no `{scripts}`: that would load Vega from a network.
 _DVC_PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Plots</title>
+<title>DVC plots</title>
 {refresh_tag}
 <script>%s</script>
 <style>body { font-family: system-ui, sans-serif; margin: 1rem } table { border-spacing: 15px }</style>
@@ -27,10 +25,9 @@ _DVC_PAGE = """<!DOCTYPE html>
 """
 
 
-@cache
 def script() -> str:
     """JavaScript that sets `window.vegaEmbed`."""
-    made: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    made: str = vl_convert.javascript_bundle()
     # In a function of its own, so that its names are not the page's; no text in it may end the element around it.
     return "(() => {\n" + made.replace("</script", "<\\/script") + "\n})();"
 

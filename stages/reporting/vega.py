@@ -27,7 +27,7 @@ _DVC_PAGE = """<!DOCTYPE html>
 
 def script() -> str:
     """JavaScript that sets `window.vegaEmbed`."""
-    made: str = vl_convert.javascript_bundle()
+    made: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     # In a function of its own, so that its names are not the page's; no text in it may end the element around it.
     return "(() => {\n" + made.replace("</script", "<\\/script") + "\n})();"
 

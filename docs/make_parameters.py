@@ -39,10 +39,21 @@ def page() -> str:
         if "$ref" not in field:
             single.append(_row(name, value, field, comment(tree, name)))
             continue
-        fields = schema["$defs"][field["$ref"].split("/")[-1]]["properties"]
+        fields = _inlined(field, schema["$defs"])["properties"]
         rows = [_row(f"{name}.{key}", inner, fields[key], comment(value, key)) for key, inner in value.items()]
         sections.append("\n".join([f"\n## {name}\n", *_lead(comment(tree, name)), *_table(rows)]))
     return "\n".join([_HEAD, *_table(single), *sections]) + "\n"
+
+
+def _inlined(field: Any, definitions: dict[str, Any]) -> Any:
+    """A part of a JSON schema, with definitions in place of the references to them."""
+    if isinstance(field, list):
+        return [_inlined(each, definitions) for each in field]
+    if not isinstance(field, dict):
+        return field
+    if "$ref" in field:
+        return _inlined(definitions[field["$ref"].split("/")[-1]], definitions)
+    return {key: _inlined(each, definitions) for key, each in field.items()}
 
 
 def comment(section: Any, key: str) -> str:
@@ -91,7 +102,8 @@ def _values(field: dict[str, Any]) -> str:
     if kind == "null":
         return "`null`"
     if kind == "object":
-        return "map of names to names"
+        inner = ", ".join(f"{name} ({_values(each)})" for name, each in field.get("properties", {}).items())
+        return f"map of {inner or 'names to names'}"
     if kind == "array":
         return f"list of: {_values(field['items'])}"
     limits = [f"{sign} {field[name]}" for name, sign in _LIMITS.items() if name in field]

@@ -53,8 +53,7 @@ def baseline(
     """
     from stages.decoding.answers import answers_of, with_answers
     from stages.decoding.decode import load_decoder
-    from stages.lora.execution import narrow_head, use_kernels
-    from stages.lora.selfcheck import notes_of
+    from stages.lora.execution import set_up
     from stages.measuring.scores import rows_table, score_all, with_scores
     from stages.model.load import load_base
     from stages.scoring.ranks import join
@@ -80,18 +79,28 @@ def baseline(
     asked = [maker.ask(row.fields, row.place) for row in _rows_of(prompts)]
     texts = list(general_rows(_rows_of(general), tokenizer, max_length=settings.tokenize.max_length))
     _check_equal(ranks, settings, manifest.identity, (tokens / "test.parquet", general))
+    scored = [*rows, *(row for _, row in texts)]
     with console.progress("loading the base model"):
         model, config = load_base(directory, dtype=settings.model.dtype, trust_remote_code=trust)
-        checks = [use_kernels(model, rows)] if settings.model.cpu_kernels else []
-        checks.append(narrow_head(model))
-    for note in notes_of(checks):
+        # What the layers below the adapter put out is kept on the way, for evaluate. Which ones these are changes no
+        # result: each row is scored alone, wherever its computation is cut in two. So this stage depends on no `lora`.
+        execution = set_up(
+            model,
+            scored,
+            adapted=_to_be_adapted(model, settings.lora),
+            options=settings.model,
+            base=manifest.identity,
+            cache_gb=settings.runtime.cache_gb,
+        )
+    for note in execution.notes:
         console.say(note)
 
     # Score and answer
-    scored = [*rows, *(row for _, row in texts)]
     began = time.perf_counter()
     with console.progress("scoring the base model", total=len(scored)) as advance:
-        scores = score_all(model, scored, batch_size=settings.evaluate.batch_size, ranks=ranks, advance=advance)
+        scores = score_all(model, scored, batch_size=1, ranks=ranks, frozen=execution.frozen, advance=advance)
+    if problem := execution.close():
+        console.warn(problem)
     rate = sum(len(row.input_ids) for row in scored) / (time.perf_counter() - began)
     if ranks.rank:
         return
@@ -123,6 +132,16 @@ def baseline(
     )
     if without:
         console.say(f"{without:,} test rows have no question: all of their text is learned")
+
+
+def _to_be_adapted(model: Any, options: schema.Lora) -> list[str]:
+    """The names of the modules that training will adapt; none if it will refuse, which is its own to say."""
+    from stages.lora.adapter import module_names
+
+    try:
+        return module_names(model, options)
+    except ValueError:
+        return []
 
 
 def _rows_of(path: Path) -> list[RawRow]:

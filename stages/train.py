@@ -108,6 +108,7 @@ def train(
                 trainer,
                 lora,
                 throughput,
+                base=manifest.weights_identity,
                 out=out,
                 metrics=metrics,
                 details=details,
@@ -226,6 +227,7 @@ def _write(
     lora: LoraConfig,
     throughput: Throughput,
     *,
+    base: str,
     out: Path,
     metrics: Path,
     details: Path,
@@ -238,7 +240,7 @@ def _write(
 
     trainer.finish()
     with outputs.replacing(out) as draft:
-        adapter.save(draft, trainer.model, lora)
+        adapter.save(draft, trainer.model, lora, base=base)
     for name, text in record.curves(trainer.progress).items():
         outputs.write_text(plots / name, text)
     summary = record.summary(trainer)

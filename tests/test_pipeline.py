@@ -117,9 +117,43 @@ def test_a_merge_that_loses_the_adapter_fails_and_leaves_the_old_one(project: Pa
     train(overrides=["train.learning_rate=0.01", "train.iters=30"])
     merge()
     before = digests("artifacts/merged")
-    with pytest.raises(ValueError, match=r"not what the adapter was: .* set merge.dequantize to true"):
-        merge(overrides=["merge.dequantize=false", "merge.max_divergence=1e-6"])
+    with pytest.raises(ValueError, match=r"% of the adapter's effect survives .* set merge.dequantize to true"):
+        merge(overrides=["merge.dequantize=false", "merge.min_survival=1.0"])
+    with pytest.raises(ValueError, match=r"% of the adapter's effect survives .* take more bits"):
+        merge(overrides=["merge.quantize={bits: 2, group_size: 64}", "merge.min_survival=0.999"])
     assert digests("artifacts/merged") == before
+
+
+def test_the_baseline_depends_on_no_adapter_and_keeps_what_evaluate_computes_again(project: Path) -> None:
+    """Where the layers are cut in two, and whether their states are kept, changes no byte."""
+    run(fetch, prepare, tokenize)
+    found = []
+    for overrides in (["lora.layers=2"], ["lora.layers=1"], ["lora.targets=[nothing]"], ["model.cache_frozen=off"]):
+        baseline(overrides=overrides)
+        found.append(digests("artifacts/baseline"))
+    assert found == found[:1] * 4
+    shutil.rmtree("artifacts/cache")
+    baseline()
+    (states,) = Path("artifacts/cache").rglob("states.bin")
+    run(train, merge)
+    before = states.stat().st_size
+    evaluate()
+    assert states.stat().st_size == before > 0
+
+
+def test_the_sum_of_adapters_merges_and_another_bases_is_refused(project: Path) -> None:
+    run(fetch, prepare, tokenize)
+    train(out=Path("one"), overrides=["seed=1"])
+    train(out=Path("two"), overrides=["seed=2", "lora.targets=[q_proj]"])
+    parts = "[{path: one, weight: 0.5}, {path: two, weight: 2}]"
+    merge(overrides=[f"merge.adapters={parts}"])
+    assert read("artifacts/details/merge.json")["survival"] == 1.0
+    path = Path("two/adapter_config.json")
+    content = read(str(path))
+    content["lorabuild"]["base"] = "0" * 64
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"two/adapter_config\.json: trained on another base model"):
+        merge(overrides=[f"merge.adapters={parts}"])
 
 
 def test_another_tokenizer_is_refused(project: Path, tiny_llama: Path) -> None:

@@ -24,7 +24,7 @@ def test_it_says_the_sentence_and_where_the_page_is(capsys: pytest.CaptureFixtur
 
 
 def test_a_parameter_from_the_command_line_is_shown() -> None:
-    report(overrides=["merge.max_divergence=0.0625"])
+    report(overrides=["merge.min_survival=0.0625"])
     assert "0.0625" in Path("artifacts/report/index.html").read_text(encoding="utf-8")
 
 

@@ -56,6 +56,13 @@ class Manifest(pydantic.BaseModel):
         return digest_of({name: file.sha256 for name, file in self.files.items() if _matches(name, _TOKENIZER_FILES)})
 
     @property
+    def weights_identity(self) -> str:
+        """Hex digest of what an adapter is trained on: the weights and the config, whatever the tokenizer's files."""
+        return digest_of(
+            {n: file.sha256 for n, file in self.files.items() if n.endswith(".safetensors") or n == "config.json"}
+        )
+
+    @property
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files.values())

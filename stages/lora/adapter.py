@@ -77,6 +77,19 @@ def configure(model: nn.Module, options: schema.Lora) -> LoraConfig:
     )
 
 
+def module_names(model: nn.Module, options: schema.Lora) -> list[str]:
+    """The names of the modules that these parameters adapt.
+
+    Raises:
+        ValueError: the model lacks such layers or modules.
+    """
+    return [name for name, _ in _modules(model, configure(model, options))]
+
+
+def _modules(model: nn.Module, config: LoraConfig) -> list[tuple[str, nn.Module]]:
+    return chosen(model, config.keys, layers=layer_indices(len(model.layers), config.layers))
+
+
 def attach(model: nn.Module, config: LoraConfig, *, seed: int) -> list[str]:
     """Put a fresh adapter onto the frozen model; returns the adapted modules' names.
 
@@ -85,12 +98,12 @@ def attach(model: nn.Module, config: LoraConfig, *, seed: int) -> list[str]:
     Raises:
         ValueError: a module is missing, narrower than the rank, or of a kind that `config.type` has no form for.
     """
-    found = chosen(model, config.keys, layers=layer_indices(len(model.layers), config.layers))
+    found = _modules(model, config)
     if config.type == "dora":
         _refuse_dora(found)
     # A gate is as wide as there are experts: one rank serves it and its wider neighbours.
     exempt = routers(dict(model.named_modules()))
-    adapted = [(name, _adapted(module, config, name=name, seed=seed)) for name, module in found]
+    adapted = [(name, wrapped(module, config, name=name, seed=seed)) for name, module in found]
     for name, layer in adapted:
         width = _narrowest(layer)
         if config.rank > width and name not in exempt:
@@ -108,7 +121,7 @@ def _refuse_dora(modules: Sequence[tuple[str, nn.Module]]) -> None:
         )
 
 
-def _adapted(module: nn.Module, config: LoraConfig, *, name: str, seed: int) -> nn.Module:
+def wrapped(module: nn.Module, config: LoraConfig, *, name: str, seed: int) -> nn.Module:
     """The module inside an adapter layer, A's values set."""
     kinds = {LINEAR: DoRALinear if config.type == "dora" else LoRALinear, SWITCH: LoRASwitchLinear}
     kind = next((kind for classes, kind in kinds.items() if isinstance(module, classes)), LoRAEmbedding)
@@ -165,8 +178,11 @@ def summary(model: nn.Module) -> tuple[list[Adapted], int]:
     return groups, get_total_parameters(model) + trainable
 
 
-def save(directory: Path, model: nn.Module, config: LoraConfig) -> None:
-    """Write the adapter as `mlx_lm` reads it. The same weights give the same bytes."""
+def save(directory: Path, model: nn.Module, config: LoraConfig, *, base: str | None = None) -> None:
+    """Write the adapter as `mlx_lm` reads it; `base` is the identity of the base's weights.
+
+    The same weights give the same bytes.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     arrays = {name: array.astype(mx.float32) for name, array in weights(model).items()}
     write_arrays(directory / WEIGHTS_FILE, arrays)
@@ -184,8 +200,8 @@ def save(directory: Path, model: nn.Module, config: LoraConfig) -> None:
             "dropout": config.dropout,
             "keys": list(keys),
         },
-        # What mlx-lm passes over: the same choice of modules as the parameters made it.
-        "lorabuild": {"layers": config.layers, "keys": list(config.keys)},
+        # What mlx-lm passes over: the same choice of modules as the parameters made it, and the base.
+        "lorabuild": {"layers": config.layers, "keys": list(config.keys), "base": base},
     }
     (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -213,6 +229,18 @@ def read_config(directory: Path) -> LoraConfig:
         return LoraConfig(lora["rank"], lora["scale"], lora["dropout"], tuple(keys), layers, kind)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not an adapter's config ({type(error).__name__}: {error})") from None
+
+
+def check_base(directory: Path, base: str) -> None:
+    """Raise ValueError if an adapter says that it was trained on weights of another identity than `base`."""
+    path = directory / CONFIG_FILE
+    own = read_json(path, "make it with: python -m stages.train").get("lorabuild")
+    trained_on = own.get("base") if isinstance(own, dict) else None
+    if trained_on not in (None, base):
+        raise ValueError(
+            f"{path}: trained on another base model ({str(trained_on)[:12]}, base.json has {base[:12]}); "
+            "train it anew, or fetch the base that it was trained on"
+        )
 
 
 def _read_modules(path: Path) -> tuple[list[str], list[int]]:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from stages.lora import patches
+from stages.lora import kernels, patches
 from stages.lora.adapter import frozen_layers
 from stages.lora.batches import collate
 from stages.lora.frozen import FrozenLayers, States, embedded, fed
@@ -67,6 +67,14 @@ def set_up(
         patches.patch_layers(model.layers[layers:])
     frozen, note = open_frozen(model, layers, rows, options, base, cache_gb)
     return Execution(frozen, (*notes_of(checks), *([note] if note else [])))
+
+
+def patch_like(model: nn.Module, checked: nn.Module) -> None:
+    """Patch a model of the kind and float type of another, which passed its checks, as that one is patched."""
+    if kernels.in_use(checked):
+        patches.patch_kernels(model)
+    if is_narrowed(checked):
+        patches.patch_backbone(model)
 
 
 # --- CPU kernels ---

@@ -6,6 +6,8 @@ that is saved.
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +16,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from mlx_lm.utils import quantize_model
 
 from stages.model.kinds import EMBEDDING, SWITCH
 
@@ -21,15 +24,20 @@ from stages.model.kinds import EMBEDDING, SWITCH
 def fuse(model: nn.Module, *, dtype: mx.Dtype, requantize: bool) -> list[str]:
     """Replace each adapted module by a plain one; `requantize` packs those that were packed as they were.
 
-    Returns the names of the fused modules.
+    The new weights are computed when they are first used. Returns the names of the fused modules.
     """
     fused: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear | LoRASwitchLinear | LoRAEmbedding | DoRALinear):
             fused.append((name, _fuse_module(module, dtype, requantize=requantize)))
     model.update_modules(tree_unflatten(fused))
-    mx.eval(model.parameters())
     return [name for name, _ in fused]
+
+
+def quantized(model: nn.Module, config: dict[str, Any], *, bits: int, group_size: int) -> tuple[Any, dict[str, Any]]:
+    """A plain model and its config, every module quantised that mlx-lm would quantise."""
+    with redirect_stdout(StringIO()):  # mlx-lm tells of the bits a weight
+        return quantize_model(model, config, group_size, bits)
 
 
 def _fuse_module(module: nn.Module, dtype: mx.Dtype, *, requantize: bool) -> nn.Module:

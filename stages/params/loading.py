@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 from ruamel.yaml import YAML, YAMLError
@@ -111,8 +111,16 @@ def _fields(sections: Iterable[str]) -> Iterable[str]:
     """The keys that the schema allows in a section."""
     model: Any = Params
     for section in sections:
-        model = model.model_fields[section].annotation
+        if not section.isdigit():  # a place in a list
+            model = _model_in(model.model_fields[section].annotation)
     return model.model_fields
+
+
+def _model_in(annotation: Any) -> Any:
+    """The section that a type like `list[Section] | None` is made of."""
+    while not hasattr(annotation, "model_fields"):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    return annotation
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:

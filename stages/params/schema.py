@@ -182,11 +182,32 @@ class Evaluate(Section):
     max_forgetting: Annotated[float, Field(gt=0)] | None
 
 
+class MergedAdapter(Section):
+    path: Annotated[str, Field(min_length=1)]
+    weight: float
+
+
+class Quantize(Section):
+    bits: Literal[2, 3, 4, 5, 6, 8]
+    group_size: Literal[32, 64, 128]
+
+
 class Merge(Section):
+    adapters: Annotated[list[MergedAdapter], Field(min_length=1)] | None
     dequantize: bool
+    quantize: Quantize | None
     dtype: Literal["auto", "float32", "float16", "bfloat16"]
     check_rows: Positive
-    max_divergence: Annotated[float, Field(gt=0)]
+    min_survival: Annotated[float, Field(le=1)]
+
+    @pydantic.model_validator(mode="after")
+    def _one_packing(self) -> Merge:
+        if self.quantize and not self.dequantize:
+            raise ValueError(
+                "dequantize: false keeps the base's quantisation, and quantize makes another; set dequantize to true, "
+                "or quantize to null"
+            )
+        return self
 
 
 class Generate(Section):

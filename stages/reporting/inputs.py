@@ -34,7 +34,7 @@ MADE = {
 # What goes into the DAG beside data/raw, whose hashes prepare keeps. One is missing where a stage had another.
 GIVEN = ("data/prompts.jsonl", "data/general.jsonl")
 # A key that each stage's numbers have: without it they are of another version of the project.
-_KEYS = {"prepare": "all", "tokenize": "all", "train": "steps", "merge": "mean_divergence", "evaluate": "sentence"}
+_KEYS = {"prepare": "all", "tokenize": "all", "train": "steps", "merge": "survival", "evaluate": "sentence"}
 
 
 @dataclass(frozen=True)

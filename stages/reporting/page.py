@@ -48,7 +48,7 @@ def page(run: Run) -> str:
         answer_scores=numbers["answers"] and tables.answers(numbers["answers"]),
         answers=_answers(run),
         ledgers=[tables.ledger(stage, run.details[stage]) for stage in ("prepare", "tokenize")],
-        merge=tables.words_of_merge(run.details["merge"], run.params["merge"]["max_divergence"]),
+        merge=tables.words_of_merge(run.details["merge"], run.params["merge"]["min_survival"]),
         params=_flat(run.params),
         charts=drawn,
         specs={name: chart.spec for name, chart in drawn.items()},

@@ -181,10 +181,12 @@ def forgetting(numbers: Mapping[str, Any]) -> str:
 
 
 def words_of_merge(numbers: Mapping[str, Any], limit: float) -> str:
-    """What the comparison of merged model and adapter showed."""
+    """What the comparison of merged model, adapter and base showed."""
     return (
-        f"On {numbers['rows']:,} rows, the merged model's predictions of the next token are "
-        f"{numbers['mean_divergence']:g} nats from the adapter's on average, and {numbers['max_divergence']:g} at most "
-        f"(KL divergence); the limit for the average is {limit:g}. Both choose the same token in "
-        f"{numbers['same_choice']:.2%} of the places."
+        f"{numbers['survival']:.2%} of the adapter's effect survives in the merged model, and at least {limit:.0%} "
+        f"must: over {numbers['tokens']:,} tokens of {numbers['rows']:,} rows, its predictions of the next token are "
+        f"{numbers['mean_divergence']:g} nats from the adapter's on average and {numbers['max_divergence']:g} at most "
+        f"(KL divergence), the base model's {numbers['effect']:g}. Adapter and merged model choose the same token in "
+        f"{numbers['same_choice']:.2%} of the places; their losses are {numbers['adapter_loss']:.4f} and "
+        f"{numbers['merged_loss']:.4f}, the base model's {numbers['base_loss']:.4f}."
     )

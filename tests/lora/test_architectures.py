@@ -26,7 +26,7 @@ from stages.lora.execution import narrow_head
 from stages.lora.loss import token_losses
 from stages.merge import merge as merge_stage
 from stages.merging import fuse as merge
-from stages.merging.agreement import compare, log_probabilities
+from stages.merging.agreement import divergences, log_probabilities
 from stages.model.load import floating_dtype, load_base, on_cpu
 from stages.model.phi3 import LongRoPE
 from stages.prepare import prepare
@@ -36,6 +36,7 @@ from stages.train import train as train_stage
 from tests.support import adapters
 from tests.support.adapters import TARGETS, attached, fill
 from tests.support.adapters import configure_named as configure
+from tests.support.rows import one_by_one
 from tests.support.tiny import CONFIGS, small_params, write_model
 
 TOKENS = mx.array([[1, 2, 3, 4, 5, 6, 7, 8]])
@@ -184,16 +185,16 @@ def test_the_merged_model_opens_and_says_what_the_adapter_said(
     base: tuple[str, Path], rows: list[TokenRow], tmp_path: Path, kind: str
 ) -> None:
     name, directory = base
-    said = log_probabilities(attached(directory, name, kind)[0], rows)
+    said = log_probabilities(attached(directory, name, kind)[0], one_by_one(rows))
     model, config = load_base(directory)
     names = adapter.attach(model, configure(model, name, kind), seed=0)
     fill(model)
     assert sorted(merge.fuse(model, dtype=mx.float32, requantize=False)) == sorted(names)
     opened, _ = load_base(write_merged(tmp_path / "merged", model, config))
-    found = compare(said, log_probabilities(opened, rows))
-    assert found.max_divergence < 1e-4
-    plain = compare(said, log_probabilities(load_base(directory)[0], rows))
-    assert plain.mean_divergence > 1e-2
+    found = divergences(said, log_probabilities(opened, one_by_one(rows)))
+    assert found.max() < 1e-4
+    plain = divergences(said, log_probabilities(load_base(directory)[0], one_by_one(rows)))
+    assert plain.mean() > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -201,13 +202,13 @@ def test_a_packed_base_merges_unpacked(
     packed: tuple[str, Path], rows: list[TokenRow], tmp_path: Path, kind: str
 ) -> None:
     name, directory = packed
-    said = log_probabilities(attached(directory, name, kind, dtype="float32")[0], rows)
+    said = log_probabilities(attached(directory, name, kind, dtype="float32")[0], one_by_one(rows))
     model, config = load_base(directory, dequantize=True, dtype="float32")
     adapter.attach(model, configure(model, name, kind), seed=0)
     fill(model)
     merge.fuse(model, dtype=mx.float32, requantize=False)
     opened, _ = load_base(write_merged(tmp_path / "merged", model, config), dtype="float32")
-    assert compare(said, log_probabilities(opened, rows)).max_divergence < 1e-4
+    assert divergences(said, log_probabilities(opened, one_by_one(rows))).max() < 1e-4
 
 
 def unpacked(module: Any) -> np.ndarray:

@@ -175,7 +175,18 @@ def _write_rest(artifacts: Path) -> None:
     )
     train = {"steps": 40, "loss": 1.66, "valid_loss_before": 1.7, "valid_loss": 1.52, "kept_step": 20}
     _write_json(artifacts / "details" / "train.json", train)
-    merge = {"rows": 4, "mean_divergence": 3e-06, "max_divergence": 2e-05, "same_choice": 1.0}
+    merge = {
+        "rows": 4,
+        "tokens": 650,
+        "survival": 0.9999,
+        "effect": 0.163,
+        "mean_divergence": 3e-06,
+        "max_divergence": 2e-05,
+        "same_choice": 1.0,
+        "base_loss": 1.573,
+        "adapter_loss": 1.409,
+        "merged_loss": 1.409,
+    }
     _write_json(artifacts / "details" / "merge.json", merge)
     for stage in ("prepare", "tokenize", "train", "evaluate"):
         _write_json(artifacts / "metrics" / f"{stage}.json", {"rows": 1})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from stages.lora.batches import Batch, collate
 from stages.tokens.row import TokenRow
 
 
@@ -15,3 +16,8 @@ def token_row(number: int, length: int, *, trained: int, seed: int = 0) -> Token
     return TokenRow(
         f"row{number}", f"rows.jsonl:{number}", rng.integers(0, 256, length).astype(np.int32), mask, trained, False
     )
+
+
+def one_by_one(rows: list[TokenRow]) -> list[Batch]:
+    """A batch for each row."""
+    return [collate([row]) for row in rows]

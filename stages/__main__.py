@@ -15,6 +15,7 @@ from stages.plots import plots
 from stages.prepare import prepare
 from stages.report import report
 from stages.show import show
+from stages.tasks import tasks
 from stages.tokenize import tokenize
 from stages.train import train
 
@@ -27,7 +28,7 @@ app = typer.Typer(
 )
 for stage in (fetch, prepare, tokenize, baseline, train, merge, evaluate, generate, report):
     app.command(rich_help_panel="Stages, in the DAG's order")(stage)
-for tool in (inspect, show, compare, plots, doctor):
+for tool in (inspect, show, compare, plots, tasks, doctor):
     app.command(rich_help_panel="Around them")(tool)
 
 if __name__ == "__main__":

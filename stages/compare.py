@@ -50,7 +50,8 @@ def compare(
     """The difference in loss on the test rows that runs have in common, with its 95% interval. Nothing is trained.
 
     Of several runs, a ranked table against the first, with intervals widened for the number of comparisons. The
-    interval is over test rows: it says how sure it is that this adapter is better than that one on such rows.
+    interval is over test rows: it says how sure it is that this adapter is better than that one on such rows. Runs
+    that differ from the first by their seed alone tell what chance in training makes: that widens the others' too.
     """
     from stages.results import pairs
     from stages.results.intervals import LEVEL
@@ -66,8 +67,17 @@ def compare(
     first, *others = runs
     level = 1 - (1 - LEVEL) / len(others)
     compared = [pairs.compare(first.rows, run.rows, level=level, names=(first.name, run.name)) for run in others]
+    title = f"Against {first.name}; intervals of {level:.2%}, for {len(others)} comparisons"
+    twins = [_differing(first, run) == ["seed"] for run in others]
+    if of_seeds := [found.difference.value for found, is_twin in zip(compared, twins, strict=True) if is_twin]:
+        half = pairs.seed_noise(of_seeds, level=level)
+        title += f", with what {len(of_seeds)} other seed{'s make' if len(of_seeds) > 1 else ' makes'}"
+        compared = [
+            pairs.of_another_seed(found) if is_twin else pairs.with_seed_noise(found, half)
+            for found, is_twin in zip(compared, twins, strict=True)
+        ]
     if len(others) > 1:
-        _show_ranked(first, others, compared, level)
+        _show_ranked(title, others, compared)
         return
     _show_differences(first, others[0])
     _show_rows(first, others[0], compared[0], count)
@@ -171,9 +181,14 @@ class _Files:
         return content
 
 
+def _differing(first: Revision, other: Revision) -> list[str]:
+    """The names of the settings that two runs do not share."""
+    return [key for key in {**first.settings, **other.settings} if first.settings.get(key) != other.settings.get(key)]
+
+
 def _show_differences(first: Revision, other: Revision) -> None:
     """A table of the parameters, versions, base models and data in which two runs differ."""
-    names = [key for key in {**first.settings, **other.settings} if first.settings.get(key) != other.settings.get(key)]
+    names = _differing(first, other)
     if not names:
         console.say("The same parameters, versions, base model and data.")
         return
@@ -201,7 +216,7 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
 
 
-def _show_ranked(first: Revision, others: Sequence[Revision], compared: Sequence[Comparison], level: float) -> None:
+def _show_ranked(title: str, others: Sequence[Revision], compared: Sequence[Comparison]) -> None:
     """A line a run, the largest gain first."""
     from stages.results import words
 
@@ -211,7 +226,7 @@ def _show_ranked(first: Revision, others: Sequence[Revision], compared: Sequence
         for run, found in both
     ]
     header = ("", "rows", "better", compared[0].unit, "")
-    console.table(f"Against {first.name}; intervals of {level:.2%}, for {len(others)} comparisons", header, lines)
+    console.table(title, header, lines)
 
 
 if __name__ == "__main__":

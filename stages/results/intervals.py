@@ -44,6 +44,16 @@ class Estimate:
         low, high = (None if end is None else function(end) for end in (self.low, self.high))
         return Estimate(function(self.value), low, high)
 
+    def widened(self, half: float) -> Estimate:
+        """The estimate with another, independent doubt added, which has this half width."""
+        if self.low is None or self.high is None:
+            return self
+        return Estimate(
+            self.value,
+            self.value - math.hypot(self.value - self.low, half),
+            self.value + math.hypot(self.high - self.value, half),
+        )
+
     @property
     def is_noise(self) -> bool:
         """True if the interval of a difference holds 0, or there is none."""

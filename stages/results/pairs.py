@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from stages.results import words
 from stages.results.intervals import LEVEL, Estimate, Units
@@ -39,10 +40,13 @@ class Comparison:
     sentence: str
     notes: tuple[str, ...]
     pairs: tuple[RowPair, ...]  # the largest gain first
+    is_one_recipe: bool = False  # only the seed differs
 
     @property
     def verdict(self) -> str:
         """One word, or three."""
+        if self.is_one_recipe:
+            return "another seed"
         if self.difference.is_noise:
             return "within noise"
         return "better" if self.difference.value < 0 else "worse"
@@ -54,6 +58,29 @@ class Comparison:
     def worst(self, count: int) -> list[RowPair]:
         """The rows whose loss rose most, the worst first."""
         return [pair for pair in self.pairs[::-1][:count] if pair.after > pair.before + SAME]
+
+
+def seed_noise(differences: Sequence[float], *, level: float = LEVEL) -> float:
+    """The half width of the interval of a difference that another seed alone makes, of some such differences.
+
+    Each is taken as normal around 0 with a spread that they tell: so few of them make the interval wide (Student's t).
+    """
+    count = len(differences)
+    spread = math.sqrt(sum(difference**2 for difference in differences) / count)
+    return spread * float(stdtrit(count, (1 + level) / 2))
+
+
+def with_seed_noise(found: Comparison, half: float) -> Comparison:
+    """The comparison with the chance of training in its interval, beside that of the test rows."""
+    difference = found.difference.widened(half)
+    sentence = words.sentence(difference, better=found.better, worse=found.worse, rows=found.rows, name=found.unit)
+    return replace(found, difference=difference, sentence=sentence)
+
+
+def of_another_seed(found: Comparison) -> Comparison:
+    """The comparison of two runs of one recipe: whatever their difference, it says nothing of the recipe."""
+    line = f"better on {found.better:,} of {found.rows:,} rows; {found.unit} {words.signed(found.difference)}"
+    return replace(found, sentence=f"within noise, for only the seed differs: {line}", is_one_recipe=True)
 
 
 def units_of(groups: Sequence[str | None], *, level: float = LEVEL) -> tuple[Units, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stages.results import pairs, words
@@ -72,3 +73,28 @@ def test_few_rows_say_how_many_are_needed() -> None:
         "a difference half as large would take about 60 rows like these to be seen; there are 24"
     )
     assert words.rows_needed(10, 24, "row") is None and words.rows_needed(None, 24, "row") is None
+
+
+def test_two_seeds_of_one_recipe_are_noise_whatever_their_difference() -> None:
+    found = pairs.of_another_seed(pairs.compare(rows([2.0, 1.5, 1.8]), rows([1.8, 1.3, 1.6]), names=NAMES))
+    assert found.sentence == (
+        "within noise, for only the seed differs: better on 3 of 3 rows; loss −0.200 [−0.200, −0.200]"
+    )
+    assert found.verdict == "another seed"
+
+
+def test_the_noise_of_seeds_holds_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 5):
+        drawn = rng.normal(0, 0.01, (4000, count + 1))
+        inside = [abs(one[0]) <= pairs.seed_noise(one[1:].tolist()) for one in drawn]
+        assert np.mean(inside) == pytest.approx(0.95, abs=0.012)
+
+
+def test_a_difference_that_a_seed_makes_too_is_noise() -> None:
+    found = pairs.compare(rows([2.0, 1.5, 1.8, 2.2]), rows([1.8, 1.4, 1.5, 2.0]), names=NAMES)
+    assert found.verdict == "better"
+    widened = pairs.with_seed_noise(found, 0.3)
+    assert widened.verdict == "within noise" and widened.sentence.startswith("within noise: better on 4 of 4 rows")
+    same = pairs.with_seed_noise(found, 0.0).difference
+    assert (same.low, same.high) == pytest.approx((found.difference.low, found.difference.high))

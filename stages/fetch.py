@@ -63,6 +63,7 @@ def fetch(
             ("revision", manifest.revision),
             ("architecture", manifest.architecture),
             ("quantisation", quantization_label(manifest)),
+            ("licence", manifest.license or "not stated"),
             ("size", f"{manifest.size / 1e6:,.0f} MB in {len(manifest.files)} files"),
         ],
     )
@@ -93,6 +94,7 @@ def _obtain(
                 source=copy.source,
                 revision=copy.revision,
                 requested=pin.requested if pin else model.revision,
+                license=pin.license if pin else copy.license,
                 with_code=model.trust_remote_code,
                 advance=advance,
             )

@@ -120,11 +120,38 @@ def test_named_revision_is_fetched(hub: FakeHub, out: Path) -> None:
     assert run(out, "org/name", revision="v2").revision == commit
 
 
+CARD = "---\nlicense: {}\nlicense_name: own-terms\n---\n# A model\n"
+
+
+@pytest.mark.parametrize(
+    ("card", "found"),
+    [
+        (CARD.format("mit"), "mit"),
+        (CARD.format("other"), "own-terms"),
+        (CARD.format("[a, b]"), None),
+        ("---\nlicense: [\n---\n", None),
+        ("# A model", None),
+        (None, None),
+    ],
+)
+def test_the_licence_is_what_the_card_says(hub: FakeHub, out: Path, card: str | None, found: str | None) -> None:
+    hub.repository("org/name").commit(MODEL | ({"README.md": card.encode()} if card else {}))
+    assert run(out, "org/name").license == found
+    assert "README.md" not in read_manifest(out).files
+
+
+def test_a_pinned_licence_stays_though_the_card_is_gone(hub: FakeHub, out: Path) -> None:
+    hub.repository("org/name").commit(MODEL | {"README.md": CARD.format("mit").encode()})
+    before = run(out, "org/name")
+    (locate(before) / "README.md").unlink()
+    assert run(out, "org/name") == before
+
+
 def test_only_files_of_the_model_are_fetched(hub: FakeHub, out: Path) -> None:
     others = {"README.md": b"#", "pytorch_model.bin": b"same weights", "onnx/config.json": b"{}", "code.py": b"pass"}
     hub.repository("org/name").commit(MODEL | others)
     assert set(run(out, "org/name").files) == set(MODEL)
-    assert not set(hub.fetched()) & {Path(name).name for name in ("README.md", "code.py")}
+    assert not set(hub.fetched()) & {"pytorch_model.bin", "code.py"}
     assert not (locate(read_manifest(out)) / "onnx").exists()
 
 

@@ -43,6 +43,7 @@ class Manifest(pydantic.BaseModel):
     dtype: str | None
     quantization: dict[str, Any] | None
     embedding_rows: int | None
+    license: str | None = None  # as the source names it: apache-2.0, say
     files: dict[str, FileIdentity]
 
     @property
@@ -74,6 +75,7 @@ def describe(
     source: str,
     revision: str | None,
     requested: str | None = None,
+    license: str | None = None,
     with_code: bool = False,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Manifest:
@@ -100,6 +102,7 @@ def describe(
             dtype=config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype"),
             quantization=config.get("quantization") or config.get("quantization_config"),
             embedding_rows=embedding_rows(weights, config),
+            license=license,
             files=files,
         )
     except (pydantic.ValidationError, AttributeError):

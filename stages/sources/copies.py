@@ -5,17 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ruamel.yaml.error import YAMLError
+
 from stages.base.manifest import Manifest
+
+CARD = "README.md"  # of a model, with its licence on top
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A base model on this machine, and the sha256 that its files must have, where the source tells."""
+    """A base model on this machine; where the source tells, its licence, and the sha256 that its files must have."""
 
     directory: Path
     source: str
     revision: str | None
     expected: dict[str, str]
+    license: str | None = None
 
     def damaged(self, manifest: Manifest) -> list[str]:
         """Names of files whose content is not what the source gave."""
@@ -29,6 +34,19 @@ class Copy:
         """Forget damaged files, so that the next `obtain` fetches them."""
         for name in names:
             unlink_through(self.directory / name)
+
+
+def license_of(directory: Path) -> str | None:
+    """The licence that a folder's model card names; None without a card, or one that says nothing readable."""
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        about = metadata_load(directory / CARD) or {}
+    except (OSError, ValueError, YAMLError):
+        return None
+    names = [about.get(key) for key in ("license", "license_name")]
+    found = names[1] if names[0] == "other" else names[0]
+    return found if isinstance(found, str) else None
 
 
 def unlink_through(path: Path) -> None:

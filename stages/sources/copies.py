@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ruamel.yaml.error import YAMLError
-
 from stages.base.manifest import Manifest
 
 CARD = "README.md"  # of a model, with its licence on top
@@ -42,7 +40,7 @@ def license_of(directory: Path) -> str | None:
 
     try:
         about = metadata_load(directory / CARD) or {}
-    except (OSError, ValueError, YAMLError):
+    except Exception:  # a card is a text that people write: whatever its parser trips over
         return None
     names = [about.get(key) for key in ("license", "license_name")]
     found = names[1] if names[0] == "other" else names[0]

@@ -141,6 +141,7 @@ class Train(Section):
     grad_accumulation: Positive
     optimizer: Literal["adamw", "adam", "sgd", "adafactor", "lion", "muon"]
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+    bias_correction: bool
     weight_decay: Annotated[float, Field(ge=0)]
     learning_rate: Annotated[float, Field(gt=0)]
     schedule: Literal["constant", "linear", "cosine"]

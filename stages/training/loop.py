@@ -85,7 +85,12 @@ class Trainer:
             )
         self._best: dict[str, mx.array] = {}
         beta_1, beta_2 = options.betas
-        self._optimizer = make_optimizer(options.optimizer, betas=(beta_1, beta_2), weight_decay=options.weight_decay)
+        self._optimizer = make_optimizer(
+            options.optimizer,
+            betas=(beta_1, beta_2),
+            weight_decay=options.weight_decay,
+            bias_correction=options.bias_correction,
+        )
 
     @property
     def share(self) -> dict[str, int | None]:

@@ -13,14 +13,19 @@ OptimizerName = Literal["adamw", "adam", "sgd", "adafactor", "lion", "muon"]
 ScheduleName = Literal["constant", "linear", "cosine"]
 
 
-def make_optimizer(name: OptimizerName, *, betas: tuple[float, float], weight_decay: float) -> Any:
-    """The optimizer; its learning rate is set anew before each update. `betas[0]` is the momentum of sgd and muon."""
+def make_optimizer(
+    name: OptimizerName, *, betas: tuple[float, float], weight_decay: float, bias_correction: bool = True
+) -> Any:
+    """The optimizer; its learning rate is set anew before each update. `betas[0]` is the momentum of sgd and muon.
+
+    Adam and AdamW were published with the correction of their moments. MLX's default leaves it out, and the first
+    updates are other then.
+    """
     rate = 0.0
     if name == "adamw":
-        # With the correction, as published; MLX's default leaves it out, and the first updates too small.
-        return optim.AdamW(rate, betas=list(betas), weight_decay=weight_decay, bias_correction=True)
+        return optim.AdamW(rate, betas=list(betas), weight_decay=weight_decay, bias_correction=bias_correction)
     if name == "adam":
-        return optim.Adam(rate, betas=list(betas), bias_correction=True)
+        return optim.Adam(rate, betas=list(betas), bias_correction=bias_correction)
     if name == "sgd":
         return optim.SGD(rate, momentum=betas[0], weight_decay=weight_decay)
     if name == "adafactor":

@@ -24,6 +24,7 @@ PLAIN: dict[str, Any] = {
     "grad_accumulation": 1,
     "optimizer": "adamw",
     "betas": [0.9, 0.999],
+    "bias_correction": True,
     "weight_decay": 0.0,
     "learning_rate": 1e-2,
     "schedule": "constant",

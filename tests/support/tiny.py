@@ -119,7 +119,14 @@ def write_llama(folder: Path, *, seed: int = 0, quantize: bool = False, dtype: s
 
 
 def write_model(
-    folder: Path, architecture: str, *, seed: int = 0, quantize: bool = False, dtype: str = "float32", **changes: Any
+    folder: Path,
+    architecture: str,
+    *,
+    seed: int = 0,
+    quantize: bool = False,
+    bits: int = 4,
+    dtype: str = "float32",
+    **changes: Any,
 ) -> Path:
     """Write a random model of CONFIGS and its tokenizer, weights named as on the Hub; `changes` go over its config."""
     import stages.model  # noqa: F401  the BLAS comes before MLX
@@ -135,8 +142,8 @@ def write_model(
         model.pop("lm_head")  # tied, as the weights on the Hub have it
     model.set_dtype(getattr(mx, dtype))
     if quantize:
-        nn.quantize(model, group_size=32, bits=4)
-        config["quantization"] = {"group_size": 32, "bits": 4}
+        nn.quantize(model, group_size=32, bits=bits)
+        config["quantization"] = {"group_size": 32, "bits": bits}
     weights = dict(tree_flatten(model.parameters()))
     if architecture == "mixtral" and not quantize:
         weights = _unstacked(weights)

@@ -222,7 +222,13 @@ def test_every_optimizer_learns_and_resumes(tiny_llama: Path, rows: list[TokenRo
 
 
 @pytest.mark.parametrize(
-    ("change", "stable"), [({"betas": [0.5, 0.9]}, False), ({"weight_decay": 5.0}, False), ({"patience": 99}, True)]
+    ("change", "stable"),
+    [
+        ({"betas": [0.5, 0.9]}, False),
+        ({"weight_decay": 5.0}, False),
+        ({"bias_correction": False}, False),
+        ({"patience": 99}, True),
+    ],
 )
 def test_optimizer_options_reach_it(
     tiny_llama: Path, rows: list[TokenRow], change: dict[str, Any], stable: bool

@@ -323,7 +323,7 @@ def test_no_adapter_is_one_clear_line(model: Any, tmp_path: Path) -> None:
 
 def test_training_starts_from_a_saved_adapter(tiny_llama: Path, tmp_path: Path) -> None:
     model, again = saved(tiny_llama, tmp_path), load_base(tiny_llama)[0]
-    names = adapter.start_from(again, tmp_path, configure(again, dropout=0.5))
+    names = adapter.start_from(again, adapter.read(tmp_path), configure(again, dropout=0.5))
     assert names == [f"model.layers.{i}.{key}" for i in (1, 2) for key in KEYS]
     assert again.layers[2].self_attn.q_proj.dropout._p_1 == 0.5
     tokens = mx.array([[1, 2, 3]])
@@ -336,7 +336,7 @@ def test_every_mismatch_of_a_saved_adapter_is_one_line(tiny_llama: Path, tmp_pat
     model = load_base(tiny_llama)[0]
     wanted = configure(model, type="dora", rank=2, targets=["k_proj"], layers=[0, 2])
     with pytest.raises(ValueError, match=r"lora\.type") as error:
-        adapter.start_from(model, tmp_path, wanted)
+        adapter.start_from(model, adapter.read(tmp_path), wanted)
     lines = [line.removeprefix(f"{tmp_path / adapter.CONFIG_FILE}: ") for line in str(error.value).splitlines()]
     assert lines == [
         "lora.type is lora there and dora here; set lora.type to lora",

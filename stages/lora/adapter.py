@@ -221,7 +221,6 @@ def read_config(directory: Path) -> LoraConfig:
         kind = content.get("fine_tune_type", "dora" if content.get("use_dora") else "lora")
         is_old = "num_layers" not in content
         keys, layers = lora.get("keys"), content["lora_layers" if is_old and "lora_layers" in content else "num_layers"]
-        scale = lora["scale"] * (lora["alpha"] / lora["rank"] if is_old and "alpha" in lora else 1)
         if own := content.get("lorabuild"):
             keys, layers = own["keys"], own["layers"]
         elif keys is None or layers <= 0:
@@ -230,6 +229,7 @@ def read_config(directory: Path) -> LoraConfig:
         if kind not in ("lora", "dora"):
             raise ValueError(f"{path}: fine_tune_type {kind!r} is no adapter that can be loaded; lora and dora are")
         layers = layers if isinstance(layers, int) else tuple(layers)
+        scale = lora["scale"] * (lora["alpha"] / lora["rank"] if is_old and "alpha" in lora else 1)
         return LoraConfig(lora["rank"], scale, lora["dropout"], tuple(keys), layers, kind)
     except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: not an adapter's config ({type(error).__name__}: {error})") from None

@@ -28,7 +28,7 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with a head": ("llama", {"tie_word_embeddings": False}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
-    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {"head_dim": 8}),  # its embedding is scaled
     "phi3": ("phi3", {"pad_token_id": 256}),
     "mixtral": ("mixtral", {}),
 }
@@ -76,7 +76,7 @@ def assert_same(ours: np.ndarray, theirs: np.ndarray, bare: np.ndarray) -> None:
         ("llama with a head", {"targets": ["q_proj", "embed_tokens", "lm_head"], "layers": [0, 2]}),
         ("qwen2", {"targets": ["all-linear"], "rank_stabilized": True, "layers": [1]}),
         ("qwen3", {"targets": ["q_proj", "down_proj", "lm_head"], "type": "dora", "layers": "all"}),
-        ("gemma", {"targets": ["q_proj", "embed_tokens"]}),
+        ("gemma2", {"targets": ["q_proj", "embed_tokens"]}),
         ("phi3", {"targets": ["qkv_proj", "gate_up_proj", "o_proj"]}),
         ("phi3", {"targets": ["qkv_proj"], "type": "dora"}),
         ("mixtral", {"targets": ["q_proj", "o_proj"]}),

@@ -48,10 +48,10 @@ def read(path: Path, *, model: nn.Module | None = None) -> Saved:
 
 def _read_arrays(path: Path) -> dict[str, mx.array]:
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("a single array")
-        with archive:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("a single array")
             return {name: _as_float(name, archive[name]) for name in archive.files}
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; {_HINT}") from None

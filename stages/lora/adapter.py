@@ -310,8 +310,8 @@ def start_from(model: nn.Module, saved: Saved, config: LoraConfig) -> list[str]:
     if _modules(model, old) != _modules(model, config):
         if any(IN_LAYER.match(key) for key in old.keys):
             problems += [
-                f"{saved.config_path}: not all its layers have the same modules, which lora.targets cannot say; "
-                "start from another adapter, or from none"
+                f"{saved.config_path}: names its modules one by one, and they are not those of lora.targets in "
+                "lora.layers; choose the same ones, or start from another adapter"
             ]
         else:
             count = len(model.layers)

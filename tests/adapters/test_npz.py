@@ -40,7 +40,8 @@ def test_modules_of_other_ranks_are_padded(tmp_path: Path) -> None:
 def test_bfloat16_and_halves_are_read(tmp_path: Path) -> None:
     arrays = {name: mx.array(array).astype(mx.bfloat16) for name, array in PAIR.items()}
     mx.savez(str(tmp_path / "b.npz"), **arrays)
-    np.savez(tmp_path / "h.npz", **{name: array.astype(np.float16) for name, array in PAIR.items()})
+    halves: dict[str, Any] = {name: array.astype(np.float16) for name, array in PAIR.items()}
+    np.savez(tmp_path / "h.npz", **halves)
     for file in ("b.npz", "h.npz"):
         saved = npz.read(tmp_path / file)
         assert all(np.array_equal(saved.arrays[name], array) for name, array in PAIR.items())

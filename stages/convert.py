@@ -41,6 +41,8 @@ def convert(
 
     if to not in FORMATS:
         raise ValueError(f"--to {to}: no such format; there are: {', '.join(FORMATS)}")
+    if out.suffix in (".npz", ".safetensors", ".gguf"):
+        raise ValueError(f"--out {out}: name a folder; the files in it get the names that their readers know")
     outputs.refuse_foreign(out, FORMATS[to].files, inputs=[path])
     settings = load_params(params_file, overrides or ())
     manifest = read_manifest(base_file) if base_file.exists() or base_file != _BASE else None

@@ -111,6 +111,8 @@ def test_folders_that_are_not_ours_stay(adapted: Path) -> None:
         convert(to="npz", out=Path("out"))
     with pytest.raises(ValueError, match=r"--out artifacts/adapter would replace the input"):
         convert(to="mlx", out=OURS)
+    with pytest.raises(ValueError, match=r"--out mine.npz: name a folder"):
+        convert(to="npz", out=Path("mine.npz"))
     with pytest.raises(ValueError, match="--to onnx: no such format; there are: mlx, peft, npz"):
         convert(to="onnx", out=Path("other"))
 

@@ -58,4 +58,8 @@ def digest(path: Path) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    return [path / name for name in _FILES[kind_of(path)]] if path.is_dir() else [path]
+    """The files of an adapter, its weights first."""
+    kind = kind_of(path)
+    files = [path / name for name in _FILES[kind]] if path.is_dir() else [path]
+    config = npz.config_beside(files[0]) if kind == "npz" else None
+    return [*files, config] if config else files

@@ -1,7 +1,8 @@
 """A NumPy archive of LoRA matrices → our adapter.
 
 The LoRA script of MLX's examples wrote these (`adapters.npz`): `model.layers.N.self_attn.q_proj.lora_a` (in, rank) and
-`lora_b` (rank, out), no config beside them. Its scale is 20; the ranks are in the shapes.
+`lora_b` (rank, out), no config beside them. Its scale is 20; the ranks are in the shapes. The first versions of mlx-lm
+wrote the same archive with an `adapter_config.json` beside it, which has the scale.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import mlx.nn as nn
 import numpy as np
 
 from stages.adapters.parts import Part, check, join
-from stages.lora.adapter import Saved
+from stages.files.outputs import read_json
+from stages.lora.adapter import CONFIG_FILE, Saved, scale_of
 
 SCALE = 20.0
 _HINT = "an archive of lora_a and lora_b matrices is wanted, as numpy.savez writes it"
@@ -29,6 +31,8 @@ def read(path: Path, *, model: nn.Module | None = None) -> Saved:
         ValueError: it is missing, damaged, pickled, or no archive of LoRA matrices.
     """
     arrays = _read_arrays(path)
+    config = config_beside(path)
+    scale = _read_scale(config) if config else SCALE
     names = sorted({name.rpartition(".")[0] for name in arrays})
     foreign = sorted(set(arrays) - {f"{name}.{kind}" for name in names for kind in ("lora_a", "lora_b") if name})
     if foreign or not names:
@@ -38,12 +42,27 @@ def read(path: Path, *, model: nn.Module | None = None) -> Saved:
         pair = [arrays.get(f"{name}.{kind}") for kind in ("lora_a", "lora_b")]
         if pair[0] is None or pair[1] is None:
             raise ValueError(f"{path}: {name} has one of lora_a and lora_b alone; take a whole copy of the adapter")
-        parts[name] = Part(pair[0], pair[1], SCALE)
+        parts[name] = Part(pair[0], pair[1], scale)
         check(parts[name], name, path)
         if parts[name].is_switch:
             raise ValueError(f"{path}: {name} has matrices of three dimensions; {_HINT}")
     layers = len(model.layers) if model is not None else None
-    return join(parts, dropout=0.0, layers=layers, config_path=path, weights_path=path)
+    return join(parts, dropout=0.0, layers=layers, config_path=config or path, weights_path=path)
+
+
+def config_beside(path: Path) -> Path | None:
+    """The config that belongs to an archive: one that is not there for an adapter in safetensors."""
+    config = path.parent / CONFIG_FILE
+    is_its_own = config.exists() and not any(path.parent.glob("adapter*.safetensors"))
+    return config if is_its_own else None
+
+
+def _read_scale(path: Path) -> float:
+    content = read_json(path, "take a whole copy of the adapter")
+    try:
+        return float(scale_of(content))
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: not an adapter's config ({type(error).__name__}: {error})") from None
 
 
 def _read_arrays(path: Path) -> dict[str, mx.array]:

@@ -69,12 +69,14 @@ def split(saved: Saved) -> dict[str, Part]:
 
 
 def check(part: Part, module: str, path: Path) -> None:
-    """Raise ValueError if a module's matrices do not fit one another."""
+    """Raise ValueError if a module's matrices do not fit one another, or hold what is no number."""
     a, b = part.a.shape, part.b.shape
     fits = len(a) == len(b) and ((len(a) == 2 and a[1] == b[0]) or (len(a) == 3 and a[0] == b[0] and a[1] == b[2]))
     if not fits or (part.m is not None and part.m.shape != b[1:]):
         norms = f" and m {part.m.shape}" if part.m is not None else ""
         raise ValueError(f"{path}: {module}: A {a}, B {b}{norms} do not fit together; take a whole copy of the adapter")
+    if not all(mx.isfinite(array).all().item() for array in (part.a, part.b, part.m) if array is not None):
+        raise ValueError(f"{path}: {module} holds NaN or infinity: its training went wrong; take an earlier adapter")
 
 
 def join(

@@ -55,6 +55,7 @@ def read(directory: Path, *, model: nn.Module | None = None) -> Saved:
     config_path, path = directory / CONFIG_FILE, directory / WEIGHTS_FILE
     config = _read_config(config_path)
     matrices, embeddings, copies = _sorted(_read_tensors(path), path)
+    known = {name for name, _ in model.named_modules()} if model is not None else set()
     parts = {}
     for name, found in sorted(matrices.items()):
         if found.keys() != ({"a", "b", "m"} if config.get("use_dora") else {"a", "b"}):
@@ -68,7 +69,7 @@ def read(directory: Path, *, model: nn.Module | None = None) -> Saved:
         check(part, name, path)
         if part.rank != rank:
             raise ValueError(f"{path}: {name} has rank {part.rank}, {CONFIG_FILE} says {rank}; {_HINT}")
-        parts[name] = part
+        parts[_our_name(name, known)] = part
     _check_copies(copies, model=model, path=path)
     if tied_head(parts, embeddings, model=model, path=path):
         del parts[HEAD]
@@ -77,11 +78,19 @@ def read(directory: Path, *, model: nn.Module | None = None) -> Saved:
     return join(parts, dropout=dropout, layers=layers, config_path=config_path, weights_path=path)
 
 
+def _our_name(name: str, known: set[str]) -> str:
+    """The module's name on the Hub and here: transformers 5 calls Mixtral's `block_sparse_moe` `mlp`."""
+    earlier = name.replace(".mlp.", ".block_sparse_moe.")
+    return earlier if earlier in known and name not in known else name
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path, _HINT)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')}, LORA is read; {_MERGE}")
     refused = [key for key, value in config.items() if value and key not in _HARMLESS]
+    if config.get("target_parameters") == ["gate.weight"]:
+        refused.remove("target_parameters")  # of a gate, a matrix as any other; of experts, stacked ones
     if config.get("bias", "none") != "none":
         refused.append("bias")
     if config.get("init_lora_weights", True) not in _INITS:

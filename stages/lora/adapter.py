@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -208,8 +208,7 @@ def write(directory: Path, arrays: Mapping[str, mx.array], config: LoraConfig) -
 def read_config(directory: Path) -> LoraConfig:
     """Read an adapter's shape, written here or by any version of mlx-lm.
 
-    In older versions its config had `lora_layers` for `num_layers`, `use_dora` for the type, and for a while an
-    `alpha` beside the scale: the factor on the output was scale · alpha / rank.
+    In older versions its config had `lora_layers` for `num_layers`, and `use_dora` for the type.
 
     Raises:
         ValueError: the files are missing or not of this format.
@@ -219,8 +218,8 @@ def read_config(directory: Path) -> LoraConfig:
     try:
         lora = content["lora_parameters"]
         kind = content.get("fine_tune_type", "dora" if content.get("use_dora") else "lora")
-        is_old = "num_layers" not in content
-        keys, layers = lora.get("keys"), content["lora_layers" if is_old and "lora_layers" in content else "num_layers"]
+        keys = lora.get("keys")
+        layers = content["num_layers" if "num_layers" in content else "lora_layers"]
         if own := content.get("lorabuild"):
             keys, layers = own["keys"], own["layers"]
         elif keys is None or layers <= 0:
@@ -229,10 +228,16 @@ def read_config(directory: Path) -> LoraConfig:
         if kind not in ("lora", "dora"):
             raise ValueError(f"{path}: fine_tune_type {kind!r} is no adapter that can be loaded; lora and dora are")
         layers = layers if isinstance(layers, int) else tuple(layers)
-        scale = lora["scale"] * (lora["alpha"] / lora["rank"] if is_old and "alpha" in lora else 1)
-        return LoraConfig(lora["rank"], scale, lora["dropout"], tuple(keys), layers, kind)
+        return LoraConfig(lora["rank"], scale_of(content), lora["dropout"], tuple(keys), layers, kind)
     except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: not an adapter's config ({type(error).__name__}: {error})") from None
+
+
+def scale_of(content: dict[str, Any]) -> float:
+    """The factor on the output in an adapter's config: in older versions of mlx-lm scale · alpha / rank."""
+    lora = content["lora_parameters"]
+    is_old = "num_layers" not in content and "alpha" in lora
+    return lora["scale"] * lora["alpha"] / lora["rank"] if is_old else lora["scale"]
 
 
 def _read_modules(path: Path) -> tuple[list[str], list[int]]:

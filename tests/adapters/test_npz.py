@@ -26,11 +26,27 @@ def test_an_archive_of_the_example_script_has_the_scale_20(tmp_path: Path) -> No
     assert all(np.array_equal(saved.arrays[name], array) for name, array in PAIR.items())
 
 
+def test_a_config_of_early_mlx_lm_beside_it_has_the_scale(tmp_path: Path) -> None:
+    np.savez(tmp_path / "adapters.npz", **PAIR)
+    before = find.digest(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text('{"lora_layers": 1, "lora_parameters": {"rank": 4, "alpha": 6, "scale": 10.0, "dropout": 0.0}}')
+    assert find.digest(tmp_path) != before
+    for path in (tmp_path, tmp_path / "adapters.npz"):
+        assert find.read(path).config.scale == 15.0
+    config.write_text('{"lora_parameters": {}}')
+    with pytest.raises(ValueError, match=r"adapter_config.json: not an adapter's config \(KeyError: 'scale'\)"):
+        find.read(tmp_path)
+    (tmp_path / "adapters.safetensors").touch()
+    assert find.read(tmp_path / "adapters.npz").config.scale == 20.0
+
+
 def test_modules_of_other_ranks_are_padded(tmp_path: Path) -> None:
     other = NAME.replace("q_proj", "v_proj")
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(32, 2)).astype(np.float32), rng.normal(size=(2, 16)).astype(np.float32)
-    np.savez(tmp_path / "a.npz", **PAIR, **{f"{other}.lora_a": a, f"{other}.lora_b": b})
+    arrays: dict[str, Any] = {**PAIR, f"{other}.lora_a": a, f"{other}.lora_b": b}
+    np.savez(tmp_path / "a.npz", **arrays)
     saved = npz.read(tmp_path / "a.npz")
     padded = np.array(saved.arrays[f"{other}.lora_a"]), np.array(saved.arrays[f"{other}.lora_b"])
     assert (saved.config.rank, padded[0].shape, padded[1].shape) == (4, (32, 4), (4, 16))
@@ -58,6 +74,7 @@ def test_bfloat16_and_halves_are_read(tmp_path: Path) -> None:
         ({name: array.astype(np.int32) for name, array in PAIR.items()}, "no array of floating-point numbers"),
         ({f"{NAME}.lora_a": np.ones((2, 3, 4), "f4"), f"{NAME}.lora_b": np.ones((2, 5, 3), "f4")}, "three dimensions"),
         ({f"{NAME}.lora_a": np.ones(4, "f4"), f"{NAME}.lora_b": np.ones(4, "f4")}, "do not fit"),
+        ({**PAIR, f"{NAME}.lora_b": np.full((4, 16), np.nan, np.float32)}, "q_proj holds NaN or infinity"),
         ({}, "empty"),
     ],
 )

@@ -107,6 +107,23 @@ def test_ours_through_peft_is_the_same_folder(tiny_llama: Path, tmp_path: Path, 
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
 
 
+def test_a_reader_with_scale_20_and_no_config_gives_our_logits(tiny_llama: Path, tmp_path: Path) -> None:
+    """The example script's: LoRA layers of scale 20 on q and v, then `load_weights` of the archive."""
+    from mlx_lm.tuner.lora import LoRALinear
+
+    ours, _ = saved_on(tiny_llama, tmp_path / "ours", rank=8, alpha=6)
+    export(ours, tmp_path / "npz", "npz", BARE)
+    model, there = load_base(tiny_llama)[0], load_base(tiny_llama)[0]
+    adapter.put(model, ours)
+    for layer in there.layers[-2:]:
+        layer.self_attn.q_proj = LoRALinear.from_base(layer.self_attn.q_proj, r=8, scale=20.0)
+        layer.self_attn.v_proj = LoRALinear.from_base(layer.self_attn.v_proj, r=8, scale=20.0)
+    there.load_weights(str(tmp_path / "npz/adapters.npz"), strict=False)
+    tokens = mx.array([[1, 2, 3]])
+    model.eval(), there.eval()
+    np.testing.assert_allclose(there(tokens), model(tokens), rtol=0, atol=1e-4)
+
+
 def test_an_archive_is_the_same_bytes_each_time(tmp_path: Path) -> None:
     ours = random_adapter(4, 8, 6, 2.0, NAMES)
     for name in "ab":

@@ -71,6 +71,7 @@ def assert_same(ours: np.ndarray, theirs: np.ndarray, bare: np.ndarray) -> None:
     ("name", "options"),
     [
         ("llama", {"targets": ["all-linear"]}),
+        ("llama", {"targets": ["all-linear"], "layers": "all"}),
         ("llama", {"targets": ["all-linear"], "type": "dora"}),
         ("llama", {"targets": ["q_proj", "embed_tokens"]}),
         ("llama with a head", {"targets": ["q_proj", "embed_tokens", "lm_head"], "layers": [0, 2]}),
@@ -136,6 +137,7 @@ def fill_small(model: Any) -> None:
         ("qwen3", {"target_modules": r".*\.0\.self_attn\.[qk]_proj|.*\.2\.mlp\.up_proj"}),
         ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"], "lora_alpha": 3}),
         ("mixtral", {"target_modules": ["q_proj", "v_proj"]}),
+        ("mixtral", {"target_modules": ["q_proj", "gate"]}),
     ],
     ids=str,
 )
@@ -191,6 +193,13 @@ def test_what_has_no_exact_form_is_refused_by_name(tmp_path: Path, options: dict
     with pytest.raises(ValueError, match=rf"adapter_config.json: {name} \(.*merge_and_unload") as error:
         find.read(tmp_path / "peft")
     assert "\n" not in str(error.value)
+
+
+def test_experts_that_peft_adapts_are_refused_by_name(tmp_path: Path) -> None:
+    folder = base_folder(tmp_path / "base", "mixtral")
+    made_by_peft(folder, tmp_path / "peft", {"target_modules": ["q_proj", "w1", "w2", "w3"]})
+    with pytest.raises(ValueError, match=r"adapter_config.json: target_parameters \(.*merge_and_unload"):
+        our_logits(folder, tmp_path / "peft")
 
 
 def test_other_methods_are_refused_by_name(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from stages.base.manifest import Manifest, locate
@@ -25,6 +27,14 @@ class Base:
         """The base's id on the Hub; None for a local folder and the built-in model, which have none."""
         name = self.manifest.source if self.manifest else ""
         return name if name.count("/") == 1 and ":" not in name else None
+
+    @property
+    def tensor_names(self) -> set[str]:
+        """Names of all tensors in the base's files, as they are on the Hub."""
+        if self.directory is None:
+            return set()
+        files = sorted(self.directory.glob("model*.safetensors"))
+        return {name for path in files for name in cast(dict[str, mx.array], mx.load(str(path)))}
 
 
 def open_base(manifest: Manifest | None, *, trust_remote_code: bool = False) -> Base:

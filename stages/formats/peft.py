@@ -1,7 +1,7 @@
 """Our adapter → PEFT's folder (`adapter_model.safetensors`, `adapter_config.json`).
 
 Modules are named in full in `target_modules`, which PEFT compares whole: exactly these are adapted, in whichever
-layers. The names are those of the Hub's checkpoints, which mlx-lm's text models keep.
+layers. mlx-lm's text models mostly keep the names of the Hub's checkpoints; where they do not, nothing is written.
 """
 
 from __future__ import annotations
@@ -36,6 +36,12 @@ def write(directory: Path, saved: Saved, base: Base) -> None:
         raise ValueError(
             f"{saved.weights_path}: {experts[0]} adapts experts, for which PEFT has no exact form; merge the adapter "
             "instead (python -m stages.merge), and load the merged model"
+        )
+    known = base.tensor_names
+    if unknown := sorted(name for name in parts if known and f"{name}.weight" not in known):
+        raise ValueError(
+            f"{saved.weights_path}: {unknown[0]} has another name in the base model's files, where PEFT looks; "
+            "merge the adapter instead (python -m stages.merge), and load the merged model"
         )
     embeddings = _embeddings(parts, saved, base)
     tensors: dict[str, mx.array] = {}

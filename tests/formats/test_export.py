@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -183,6 +183,18 @@ def test_experts_are_refused_by_name(tmp_path: Path, to: str) -> None:
     with pytest.raises(ValueError, match=r"switch_mlp\.\w+.*merge the adapter.*python -m stages.merge") as error:
         export(adapter.read(tmp_path / "ours"), tmp_path / "out", to, BARE)
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_module_that_the_checkpoint_names_otherwise_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    weights = cast(dict[str, mx.array], mx.load(str(tiny_llama / "model.safetensors")))
+    renamed = {name.replace("self_attn.q_proj", "attn.query"): array for name, array in weights.items()}
+    (tmp_path / "base").mkdir()
+    mx.save_safetensors(str(tmp_path / "base/model.safetensors"), renamed)
+    ours, base = saved_on(tiny_llama, tmp_path / "ours", targets=["q_proj"])
+    export(ours, tmp_path / "peft", "peft", dataclasses.replace(base, directory=tiny_llama))
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj has another name in the base model's files"):
+        export(ours, tmp_path / "out", "peft", dataclasses.replace(base, directory=tmp_path / "base"))
     assert not (tmp_path / "out").exists()
 
 

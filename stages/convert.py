@@ -37,7 +37,6 @@ def convert(
     from stages.adapters import find
     from stages.formats.base import open_base
     from stages.formats.export import FORMATS, export
-    from stages.lora import adapter
 
     if to not in FORMATS:
         raise ValueError(f"--to {to}: no such format; there are: {', '.join(FORMATS)}")
@@ -50,8 +49,7 @@ def convert(
         base = open_base(manifest, trust_remote_code=settings.model.trust_remote_code)
     with console.progress("reading the adapter"):
         saved = find.read(path, model=base.model)
-        if base.model is not None:
-            adapter.put(base.model, saved)
+        base.check(saved)
     with console.progress("writing and comparing"), outputs.replacing(out) as draft:
         proof = export(saved, draft, to, base)
     checked = "" if base.model is not None else "; not checked against the base model, which is not on this machine"

@@ -63,6 +63,14 @@ def test_there_and_back_is_the_same_folder(adapted: Path, tiny_llama: Path, caps
     np.testing.assert_allclose(logits(tiny_llama, Path("from_npz")), logits(tiny_llama, OURS), rtol=0, atol=1e-4)
 
 
+def test_an_embedding_that_is_the_head_goes_there_and_back(adapted: Path, tiny_llama: Path) -> None:
+    write_adapter(tiny_llama, targets=["embed_tokens", "q_proj"])
+    convert(to="peft", out=Path("there"))
+    convert(Path("there"), to="mlx", out=Path("back"))
+    for path in OURS.iterdir():
+        assert (Path("back") / path.name).read_bytes() == path.read_bytes()
+
+
 def test_without_the_base_model_it_says_so(project: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_adapter(tiny_llama)
     convert(to="peft", out=Path("there"))

@@ -36,6 +36,7 @@ _HARMLESS = {
 }  # fmt: skip
 # These leave the base's weights as they are; the others (pissa, olora, corda, loftq, …) subtract the first A B of them.
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_NEAR = 0.2  # of the norm: rounding to 4 bits moves weights by half of that, other weights are 1.4 away
 _KINDS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
@@ -58,24 +59,29 @@ def read(directory: Path, *, model: nn.Module | None = None) -> Saved:
     known = {name for name, _ in model.named_modules()} if model is not None else set()
     parts = {}
     for name, found in sorted(matrices.items()):
-        if found.keys() != ({"a", "b", "m"} if config.get("use_dora") else {"a", "b"}):
-            raise ValueError(f"{path}: {name} has {', '.join(sorted(found))} of the matrices a, b, m alone; {_HINT}")
         if name in embeddings and "m" in found:
             raise ValueError(f"{path}: {name}: DoRA on an embedding has no form here; {_MERGE}")
-        if found["a"].ndim != 2 or found["b"].ndim != 2:
-            raise ValueError(f"{path}: {name} is no linear module or embedding: A {found['a'].shape}; {_MERGE}")
-        rank, scale = _shape(name, config, config_path)
-        part = Part(found["a"].T, found["b"].T, scale, found.get("m"))
-        check(part, name, path)
-        if part.rank != rank:
-            raise ValueError(f"{path}: {name} has rank {part.rank}, {CONFIG_FILE} says {rank}; {_HINT}")
-        parts[_our_name(name, known)] = part
+        parts[_our_name(name, known)] = _part(name, found, config, directory)
     _check_copies(copies, model=model, path=path)
     if tied_head(parts, embeddings, model=model, path=path):
         del parts[HEAD]
     layers = len(model.layers) if model is not None else None
-    dropout = float(config.get("lora_dropout") or 0)
-    return join(parts, dropout=dropout, layers=layers, config_path=config_path, weights_path=path)
+    return join(parts, dropout=config["lora_dropout"], layers=layers, config_path=config_path, weights_path=path)
+
+
+def _part(name: str, found: dict[str, mx.array], config: dict[str, Any], directory: Path) -> Part:
+    """A module's matrices as ours."""
+    path = directory / WEIGHTS_FILE
+    if found.keys() != ({"a", "b", "m"} if config.get("use_dora") else {"a", "b"}):
+        raise ValueError(f"{path}: {name} has {', '.join(sorted(found))} of the matrices a, b, m alone; {_HINT}")
+    if found["a"].ndim != 2 or found["b"].ndim != 2:
+        raise ValueError(f"{path}: {name} is no linear module or embedding: A {found['a'].shape}; {_MERGE}")
+    rank, scale = _shape(name, config, directory / CONFIG_FILE)
+    part = Part(found["a"].T, found["b"].T, scale, found.get("m"))
+    check(part, name, path)
+    if part.rank != rank:
+        raise ValueError(f"{path}: {name} has rank {part.rank}, {CONFIG_FILE} says {rank}; {_HINT}")
+    return part
 
 
 def _our_name(name: str, known: set[str]) -> str:
@@ -87,7 +93,7 @@ def _our_name(name: str, known: set[str]) -> str:
 def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path, _HINT)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {config.get('peft_type')}, LORA is read; {_MERGE}")
+        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, 'LORA' is read; {_MERGE}")
     refused = [key for key, value in config.items() if value and key not in _HARMLESS]
     if config.get("target_parameters") == ["gate.weight"]:
         refused.remove("target_parameters")  # of a gate, a matrix as any other; of experts, stacked ones
@@ -96,9 +102,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     if config.get("init_lora_weights", True) not in _INITS:
         refused.append("init_lora_weights")  # the adapter belongs to a base of other weights
     if refused:
-        shown = ", ".join(f"{key} ({str(config[key])[:40]})" for key in sorted(refused))
+        shown = ", ".join(f"{' '.join(key.split())} ({config[key]!r:.40})" for key in sorted(refused))
         raise ValueError(f"{path}: {shown} has no exact form here; {_MERGE}")
-    return config
+    dropout = config.get("lora_dropout") or 0.0
+    if not isinstance(dropout, int | float):
+        raise ValueError(f"{path}: lora_dropout is {dropout!r}, no number; {_HINT}")
+    return config | {"lora_dropout": float(dropout)}
 
 
 def _read_tensors(path: Path) -> dict[str, mx.array]:
@@ -156,12 +165,16 @@ def _by_pattern(name: str, patterns: dict[str, float] | None, otherwise: float) 
 
 
 def _check_copies(copies: dict[str, mx.array], *, model: nn.Module | None, path: Path) -> None:
-    """PEFT saves the weights under an adapted embedding and head too: they must be the base's own."""
+    """PEFT saves the weights under an adapted embedding and head too: they must be the base's own.
+
+    Halves and a base that was quantised round them.
+    """
     modules = dict(model.named_modules()) if model is not None else {}
     for name, tensor in copies.items():
         module = modules.get(name)
         if module is None or "scales" in module:
-            continue  # there is nothing to compare with, or a rounded form of it
-        weight = module.weight
-        if weight.shape != tensor.shape or not mx.array_equal(weight, tensor.astype(weight.dtype)):
+            continue  # there is nothing to compare with
+        weight, copy = module.weight.astype(mx.float32), tensor.astype(mx.float32)
+        is_near = weight.shape == copy.shape and mx.linalg.norm(weight - copy) <= _NEAR * mx.linalg.norm(copy)
+        if not is_near:
             raise ValueError(f"{path}: its {name} differs from the base model's; is it another base? If not, {_MERGE}")

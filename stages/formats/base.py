@@ -11,6 +11,8 @@ import mlx.nn as nn
 
 from stages.base.manifest import Manifest, locate
 from stages.base.records import read_records
+from stages.lora import adapter
+from stages.lora.adapter import Saved
 from stages.model.load import load_base
 
 
@@ -21,6 +23,7 @@ class Base:
     manifest: Manifest | None = None
     directory: Path | None = None
     model: nn.Module | None = None
+    trust_remote_code: bool = False
 
     @property
     def hub_id(self) -> str | None:
@@ -36,6 +39,12 @@ class Base:
         files = sorted(self.directory.glob("model*.safetensors"))
         return {name for path in files for name in cast(dict[str, mx.array], mx.load(str(path)))}
 
+    def check(self, saved: Saved) -> None:
+        """Raise ValueError if an adapter does not fit the base, where it is there."""
+        if self.directory is not None:
+            model, _ = load_base(self.directory, trust_remote_code=self.trust_remote_code)
+            adapter.put(model, saved)
+
 
 def open_base(manifest: Manifest | None, *, trust_remote_code: bool = False) -> Base:
     """The base model of a manifest; weights are read when they are first computed with.
@@ -47,4 +56,4 @@ def open_base(manifest: Manifest | None, *, trust_remote_code: bool = False) -> 
         return Base(manifest)
     directory = locate(manifest)
     model, _ = load_base(directory, trust_remote_code=trust_remote_code)
-    return Base(manifest, directory, model)
+    return Base(manifest, directory, model, trust_remote_code)

@@ -59,8 +59,7 @@ def _embeddings(parts: dict[str, Part], saved: Saved, base: Base) -> set[str]:
     """The embeddings among the modules; without the base model, by the name that they have on the Hub."""
     if base.model is not None:
         modules = outside_layers(base.model)
-        # With the adapter on it, an embedding is one level further down.
-        return {name for name in parts if isinstance(modules.get(name, modules.get(f"{name}.embedding")), EMBEDDING)}
+        return {name for name in parts if isinstance(modules.get(name), EMBEDDING)}
     if named := [name for name in parts if "embed" in name.rpartition(".")[2]]:
         raise ValueError(
             f"{saved.weights_path}: adapts {named[0]}, and only the base model says whether its head is the same "

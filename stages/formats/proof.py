@@ -13,7 +13,7 @@ from stages.lora.adapter import Saved
 # A factor moved into B rounds it once, and once more when it is read: 2⁻²⁴ each, of |A| |B| at most.
 _ROUNDING = 2.0**-22
 _SMALLEST = 1e-37  # near the smallest float32, numbers have fewer digits
-_ROWS = 4096
+_ROWS = 256  # of an update at a time: the whole of one can be larger than the model's layer
 
 
 @dataclass(frozen=True)

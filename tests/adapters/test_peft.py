@@ -83,12 +83,12 @@ def test_fan_in_fan_out_changes_no_matrix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type is LOHA, LORA is read; merge it with PEFT"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', 'LORA' is read; merge it with PEFT"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save \(\['lm_head'\]\) has no exact form here; merge it"),
         ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
-        ({"bias": "lora_only"}, r"bias \(lora_only\)"),
+        ({"bias": "lora_only"}, r"bias \('lora_only'\)"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"init_lora_weights": "olora"}, r"init_lora_weights \(olora\)"),
+        ({"init_lora_weights": "olora"}, r"init_lora_weights \('olora'\)"),
         ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
         ({"a_key_of_tomorrow": 1}, "a_key_of_tomorrow"),
         ({"r": 3}, "q_proj has rank 4, adapter_config.json says 3; save it anew"),
@@ -96,6 +96,8 @@ def test_fan_in_fan_out_changes_no_matrix(tmp_path: Path) -> None:
         ({"lora_alpha": "much"}, "not a LoRA config .TypeError"),
         ({"rank_pattern": {"(": 2}}, "not a LoRA config"),
         ({"rank_pattern": [1]}, "not a LoRA config"),
+        ({"lora_dropout": "much"}, "lora_dropout is 'much', no number"),
+        ({"two\nlines": "two\nlines"}, "has no exact form here"),
         ({"use_dora": True}, "has a, b of the matrices a, b, m alone"),
     ],
 )

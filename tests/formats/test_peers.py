@@ -209,5 +209,5 @@ def test_other_methods_are_refused_by_name(tmp_path: Path) -> None:
     folder = base_folder(tmp_path / "base", "llama")
     config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     peft.get_peft_model(torch_base(folder), config).save_pretrained(tmp_path / "peft")
-    with pytest.raises(ValueError, match="peft_type is IA3, LORA is read"):
+    with pytest.raises(ValueError, match="peft_type is 'IA3', 'LORA' is read"):
         find.read(tmp_path / "peft")

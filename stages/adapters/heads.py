@@ -38,6 +38,8 @@ def tied_head(parts: dict[str, Part], embeddings: set[str], *, model: nn.Module 
         ValueError: the base model is not known, or the head of a tied model has another update than its embedding.
     """
     if not embeddings:
+        if HEAD in parts and model is not None and is_tied(model):
+            raise ValueError(_apart(path, HEAD, "embedding"))
         return False
     if model is None:
         raise ValueError(
@@ -49,9 +51,13 @@ def tied_head(parts: dict[str, Part], embeddings: set[str], *, model: nn.Module 
     head, same = parts.get(HEAD), head_of(parts[min(embeddings)])
     if head is not None and head.scale == same.scale and _equal(head.a, same.a) and _equal(head.b, same.b):
         return True
-    raise ValueError(
-        f"{path}: adapts {min(embeddings)} and not its head with it, which are one matrix in the base model; here they "
-        "have one update: merge the adapter with PEFT (merge_and_unload) and take the result as the base model"
+    raise ValueError(_apart(path, min(embeddings), "head"))
+
+
+def _apart(path: Path, module: str, other: str) -> str:
+    return (
+        f"{path}: adapts {module} and not its {other} with it, which are one matrix in the base model; here they have "
+        "one update: merge the adapter with PEFT (merge_and_unload) and take the result as the base model"
     )
 
 

@@ -6,6 +6,7 @@ layers. mlx-lm's text models mostly keep the names of the Hub's checkpoints; whe
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def _tensors(name: str, part: Part, *, is_embedding: bool) -> dict[str, mx.array
 
 def _config(saved: Saved, base: Base, *, modules: list[str]) -> dict[str, Any]:
     config = saved.config
-    alpha = config.scale * config.rank
+    alpha = _alpha(config.scale, config.rank)
     revision = base.manifest.revision if base.manifest and base.hub_id else ""
     return {
         "peft_type": "LORA",
@@ -97,3 +98,10 @@ def _config(saved: Saved, base: Base, *, modules: list[str]) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "init_lora_weights": True,
     }
+
+
+def _alpha(scale: float, rank: int) -> float:
+    """The number that divided by the rank is the scale: to the last bit, if the scale was made so."""
+    alpha = scale * rank
+    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0))
+    return next((number for number in near if number / rank == scale), alpha)

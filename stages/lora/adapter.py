@@ -308,7 +308,8 @@ def start_from(model: nn.Module, saved: Saved, config: LoraConfig) -> list[str]:
     pairs: dict[str, tuple[object, object]] = {
         "lora.type": (old.type, config.type),
         "lora.rank": (old.rank, config.rank),
-        "lora.scale": (old.scale, config.scale),
+        # Another format may have come to it by other divisions.
+        "lora.scale": (old.scale, old.scale if math.isclose(old.scale, config.scale) else config.scale),
     }
     problems = []
     # One choice of modules can be named in several ways.

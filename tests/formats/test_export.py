@@ -61,10 +61,21 @@ NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj", "lm_
 def test_peft_gives_every_number_back(
     tmp_path_factory: pytest.TempPathFactory, rank: int, width: int, rows: int, scale: float, dora: bool
 ) -> None:
-    ours = random_adapter(rank, width, rows, scale, NAMES, dora=dora)
-    proof = export(ours, tmp_path_factory.mktemp("peft"), "peft", BARE)
+    ours, folder = random_adapter(rank, width, rows, scale, NAMES, dora=dora), tmp_path_factory.mktemp("peft")
+    proof = export(ours, folder, "peft", BARE)
+    assert find.read(folder).config.scale == pytest.approx(scale, rel=1e-15)
     assert proof.is_exact
     assert proof.modules == 3
+
+
+@settings(max_examples=25, deadline=None)
+@given(rank=st.integers(1, 300), alpha=st.floats(0.1, 1000))
+def test_a_scale_that_was_alpha_over_the_rank_comes_back_to_the_last_bit(
+    tmp_path_factory: pytest.TempPathFactory, rank: int, alpha: float
+) -> None:
+    folder = tmp_path_factory.mktemp("peft")
+    export(random_adapter(rank, 2, 2, alpha / rank, NAMES), folder, "peft", BARE)
+    assert find.read(folder).config.scale == alpha / rank
 
 
 @settings(max_examples=25, deadline=None)
@@ -155,6 +166,14 @@ def test_an_embedding_adapted_without_its_tied_head_is_refused(tiny_llama: Path,
     ours, base = saved_on(untied, tmp_path / "ours", targets=["embed_tokens"])
     export(ours, tmp_path / "peft", "peft", base)
     with pytest.raises(ValueError, match=r"adapts model.embed_tokens and not its head with it.*merge_and_unload"):
+        find.read(tmp_path / "peft", model=load_base(tiny_llama)[0])
+
+
+def test_a_tied_head_adapted_without_its_embedding_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    untied = write_model(tmp_path / "base", "llama", tie_word_embeddings=False)
+    ours, base = saved_on(untied, tmp_path / "ours", targets=["lm_head"])
+    export(ours, tmp_path / "peft", "peft", base)
+    with pytest.raises(ValueError, match=r"adapts lm_head and not its embedding with it.*merge_and_unload"):
         find.read(tmp_path / "peft", model=load_base(tiny_llama)[0])
 
 

@@ -5,6 +5,7 @@ import typer
 from stages.baseline import baseline
 from stages.cli import console
 from stages.compare import compare
+from stages.convert import convert
 from stages.doctor import doctor
 from stages.evaluate import evaluate
 from stages.fetch import fetch
@@ -28,7 +29,7 @@ app = typer.Typer(
 )
 for stage in (fetch, prepare, tokenize, baseline, train, merge, evaluate, generate, report):
     app.command(rich_help_panel="Stages, in the DAG's order")(stage)
-for tool in (inspect, show, compare, plots, tasks, doctor):
+for tool in (inspect, show, compare, convert, plots, tasks, doctor):
     app.command(rich_help_panel="Around them")(tool)
 
 if __name__ == "__main__":

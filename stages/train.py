@@ -120,6 +120,7 @@ def train(
 
 def _adapted_model(settings: schema.Params, manifest: Manifest) -> tuple[Any, LoraConfig]:
     """The base model with its adapter, fresh or taken from `train.init_adapter`, and the adapter's config."""
+    from stages.adapters import find
     from stages.lora import adapter
     from stages.model.load import load_base
 
@@ -130,7 +131,7 @@ def _adapted_model(settings: schema.Params, manifest: Manifest) -> tuple[Any, Lo
     if settings.train.init_adapter is None:
         adapter.attach(model, config, seed=settings.seed)
     else:
-        adapter.start_from(model, Path(settings.train.init_adapter), config)
+        adapter.start_from(model, find.read(Path(settings.train.init_adapter), model=model), config)
     groups, parameters = adapter.summary(model)
     trainable = sum(group.parameters for group in groups)
     modules = [(group.key, group.layers, group.parameters) for group in groups]
@@ -142,8 +143,8 @@ def _adapted_model(settings: schema.Params, manifest: Manifest) -> tuple[Any, Lo
 
 def _fingerprint(trainer: Trainer, settings: schema.Params, splits: dict[str, Path], manifest: Manifest) -> str:
     """The name of this run, after everything that shapes its result."""
+    from stages.adapters import find
     from stages.lora import kernels
-    from stages.lora.adapter import WEIGHTS_FILE
     from stages.training.checkpoint import fingerprint
 
     start = settings.train.init_adapter
@@ -153,7 +154,7 @@ def _fingerprint(trainer: Trainer, settings: schema.Params, splits: dict[str, Pa
         | settings.model.model_dump(include={"dtype", "cpu_kernels", "cache_frozen"}),
         tokens={name: hashes.sha256(path) for name, path in splits.items()},
         base=manifest.identity,
-        init_adapter=None if start is None else hashes.sha256(Path(start) / WEIGHTS_FILE),
+        init_adapter=None if start is None else find.digest(Path(start)),
         # By what was found at the start: another form rounds otherwise.
         execution={
             "fused": trainer.step.is_fused,

@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,15 +32,15 @@ from stages.model.kinds import LINEAR, SWITCH
 from stages.params import schema
 
 WEIGHTS_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
-_IN_LAYER = re.compile(r"^.*?\blayers\.(\d+)\.")
+IN_LAYER = re.compile(r"^.*?\blayers\.(\d+)\.")  # what stands before a module's path inside of its layer
 
 
 @dataclass(frozen=True)
 class LoraConfig:
     """The shape of an adapter.
 
-    `keys` are module paths inside a layer (`self_attn.q_proj`) and full names of modules outside (`lm_head`); `layers`
-    the last N, or a tuple of indices.
+    `keys` are module paths inside a layer (`self_attn.q_proj`) and full names of modules (`lm_head`); `layers` the last
+    N, or a tuple of indices. An adapter whose layers do not all have the same modules names each in full.
     """
 
     rank: int
@@ -49,6 +49,16 @@ class LoraConfig:
     keys: tuple[str, ...]
     layers: int | tuple[int, ...]
     type: str  # "lora" or "dora"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """An adapter that was read from files: its shape, its arrays by name, and the files, which messages name."""
+
+    config: LoraConfig
+    arrays: dict[str, mx.array]
+    config_path: Path
+    weights_path: Path
 
 
 def scaling(options: schema.Lora) -> float:
@@ -83,7 +93,11 @@ def module_names(model: nn.Module, options: schema.Lora) -> list[str]:
     Raises:
         ValueError: the model lacks such layers or modules.
     """
-    return [name for name, _ in _modules(model, configure(model, options))]
+    return _names(model, configure(model, options))
+
+
+def _names(model: nn.Module, config: LoraConfig) -> list[str]:
+    return [name for name, _ in _modules(model, config)]
 
 
 def _modules(model: nn.Module, config: LoraConfig) -> list[tuple[str, nn.Module]]:
@@ -113,7 +127,7 @@ def attach(model: nn.Module, config: LoraConfig, *, seed: int) -> list[str]:
 
 
 def _refuse_dora(modules: Sequence[tuple[str, nn.Module]]) -> None:
-    without = {_IN_LAYER.sub("", name) for name, module in modules if not isinstance(module, LINEAR)}
+    without = {IN_LAYER.sub("", name) for name, module in modules if not isinstance(module, LINEAR)}
     if without:
         raise ValueError(
             f"lora.type: dora has no form for switch layers and embeddings ({', '.join(sorted(without))}); "
@@ -170,7 +184,7 @@ def summary(model: nn.Module) -> tuple[list[Adapted], int]:
     trainable = 0
     for name, array in weights(model).items():
         module = name.rpartition(".")[0]
-        sizes = modules.setdefault(_IN_LAYER.sub("", module), {})
+        sizes = modules.setdefault(IN_LAYER.sub("", module), {})
         sizes[module] = sizes.get(module, 0) + array.size
         trainable += array.size
     groups = [Adapted(key, len(sizes), sum(sizes.values())) for key, sizes in sorted(modules.items())]
@@ -179,12 +193,17 @@ def summary(model: nn.Module) -> tuple[list[Adapted], int]:
 
 
 def save(directory: Path, model: nn.Module, config: LoraConfig, *, base: str | None = None) -> None:
-    """Write the adapter as `mlx_lm` reads it; `base` is the identity of the base's weights.
+    """Write the model's adapter as `mlx_lm` reads it; `base` is the identity of the base's weights.
 
     The same weights give the same bytes.
     """
+    write(directory, weights(model), config, base=base)
+
+
+def write(directory: Path, arrays: Mapping[str, mx.array], config: LoraConfig, *, base: str | None = None) -> None:
+    """Write an adapter's arrays, sorted by name, and its shape."""
     directory.mkdir(parents=True, exist_ok=True)
-    arrays = {name: array.astype(mx.float32) for name, array in weights(model).items()}
+    arrays = {name: array.astype(mx.float32) for name, array in arrays.items()}
     write_arrays(directory / WEIGHTS_FILE, arrays)
     keys, count = config.keys, config.layers
     if isinstance(config.layers, tuple):
@@ -207,7 +226,9 @@ def save(directory: Path, model: nn.Module, config: LoraConfig, *, base: str | N
 
 
 def read_config(directory: Path) -> LoraConfig:
-    """Read an adapter's shape, written here or by mlx-lm.
+    """Read an adapter's shape, written here or by any version of mlx-lm.
+
+    In older versions its config had `lora_layers` for `num_layers`, and `use_dora` for the type.
 
     Raises:
         ValueError: the files are missing or not of this format.
@@ -216,8 +237,9 @@ def read_config(directory: Path) -> LoraConfig:
     content = read_json(path, "make it with: python -m stages.train")
     try:
         lora = content["lora_parameters"]
-        kind = content.get("fine_tune_type", "lora")
-        keys, layers = lora.get("keys"), content["num_layers"]
+        kind = content.get("fine_tune_type", "dora" if content.get("use_dora") else "lora")
+        keys = lora.get("keys")
+        layers = content["num_layers" if "num_layers" in content else "lora_layers"]
         if own := content.get("lorabuild"):
             keys, layers = own["keys"], own["layers"]
         elif keys is None or layers <= 0:
@@ -226,8 +248,8 @@ def read_config(directory: Path) -> LoraConfig:
         if kind not in ("lora", "dora"):
             raise ValueError(f"{path}: fine_tune_type {kind!r} is no adapter that can be loaded; lora and dora are")
         layers = layers if isinstance(layers, int) else tuple(layers)
-        return LoraConfig(lora["rank"], lora["scale"], lora["dropout"], tuple(keys), layers, kind)
-    except (AttributeError, KeyError, TypeError) as error:
+        return LoraConfig(lora["rank"], scale_of(content), lora["dropout"], tuple(keys), layers, kind)
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: not an adapter's config ({type(error).__name__}: {error})") from None
 
 
@@ -243,11 +265,18 @@ def check_base(directory: Path, base: str) -> None:
         )
 
 
+def scale_of(content: dict[str, Any]) -> float:
+    """The factor on the output in an adapter's config: in older versions of mlx-lm scale · alpha / rank."""
+    lora = content["lora_parameters"]
+    is_old = "num_layers" not in content and "alpha" in lora
+    return lora["scale"] * lora["alpha"] / lora["rank"] if is_old else lora["scale"]
+
+
 def _read_modules(path: Path) -> tuple[list[str], list[int]]:
     """The keys and the layers that a file's tensors belong to."""
     modules = {name.rpartition(".")[0] for name in _read_weights(path)}
-    layers = {int(match[1]) for match in map(_IN_LAYER.match, modules) if match}
-    return sorted({_IN_LAYER.sub("", module) for module in modules}), sorted(layers)
+    layers = {int(match[1]) for match in map(IN_LAYER.match, modules) if match}
+    return sorted({IN_LAYER.sub("", module) for module in modules}), sorted(layers)
 
 
 def frozen_layers(names: Iterable[str], count: int) -> int:
@@ -256,8 +285,8 @@ def frozen_layers(names: Iterable[str], count: int) -> int:
     The last layer is never among them, adapted or not: what is left to run is a model still.
     """
     names = list(names)
-    inside = [int(match[1]) for match in map(_IN_LAYER.match, names) if match]
-    outside = [name for name in names if not _IN_LAYER.match(name)]
+    inside = [int(match[1]) for match in map(IN_LAYER.match, names) if match]
+    outside = [name for name in names if not IN_LAYER.match(name)]
     if any("lm_head" not in name for name in outside):  # embeddings, or layers by another name: may be below all
         return 0
     return min([*inside, count - 1])
@@ -272,44 +301,73 @@ def saved_names(directory: Path) -> list[str]:
     return list(_read_weights(directory / WEIGHTS_FILE))
 
 
+def read(directory: Path) -> Saved:
+    """Read a saved adapter; its arrays are read from the disk when they are first used.
+
+    Raises:
+        ValueError: the files are missing or not of this format.
+    """
+    config, weights_path = read_config(directory), directory / WEIGHTS_FILE
+    return Saved(config, _read_weights(weights_path), directory / CONFIG_FILE, weights_path)
+
+
 def load(model: nn.Module, directory: Path) -> LoraConfig:
     """Put a saved adapter onto the model; every tensor must fit.
 
     Raises:
         ValueError: tensors are missing, left over or of another shape; all of them are listed.
     """
-    config = read_config(directory)
-    attach(model, config, seed=0)
-    _load_weights(model, directory / WEIGHTS_FILE)
-    return config
+    saved = read(directory)
+    put(model, saved)
+    return saved.config
 
 
-def start_from(model: nn.Module, directory: Path, config: LoraConfig) -> list[str]:
+def put(model: nn.Module, saved: Saved) -> list[str]:
+    """Put an adapter that was read onto the model, as `load` does; returns the adapted modules' names."""
+    names = attach(model, saved.config, seed=0)
+    _load_weights(model, saved)
+    return names
+
+
+def start_from(model: nn.Module, saved: Saved, config: LoraConfig) -> list[str]:
     """Put a saved adapter onto the model to train it on with `config`; returns the adapted modules' names.
 
     Raises:
         ValueError: type, rank, scale, modules or layers are not those of `config`, or tensors do not fit; one line
             each. Dropout may differ: it belongs to the training and not to the adapter.
     """
-    saved = read_config(directory)
-    count = len(model.layers)
-    pairs = {
-        "lora.type": (saved.type, config.type),
-        "lora.rank": (saved.rank, config.rank),
-        "lora.scale": (saved.scale, config.scale),
-        "lora.targets": (sorted(saved.keys), sorted(config.keys)),
-        "lora.layers": (list(layer_indices(count, saved.layers)), list(layer_indices(count, config.layers))),
+    old = saved.config
+    pairs: dict[str, tuple[object, object]] = {
+        "lora.type": (old.type, config.type),
+        "lora.rank": (old.rank, config.rank),
+        # Another format may have come to it by other divisions.
+        "lora.scale": (old.scale, old.scale if math.isclose(old.scale, config.scale) else config.scale),
     }
-    problems = [
-        f"{directory / CONFIG_FILE}: {name} is {_shown(old)} there and {_shown(new)} here; "
-        f"set {name} to {_shown(old)}{' and lora.alpha to null' if name == 'lora.scale' else ''}"
-        for name, (old, new) in pairs.items()
-        if old != new
+    problems = []
+    # One choice of modules can be named in several ways.
+    if set(_names(model, old)) != set(_names(model, config)):
+        if any(IN_LAYER.match(key) for key in old.keys):
+            problems += [
+                f"{saved.config_path}: names its modules one by one, and they are not those of lora.targets in "
+                "lora.layers; choose the same ones, or start from another adapter"
+            ]
+        else:
+            count = len(model.layers)
+            pairs["lora.targets"] = (sorted(old.keys), sorted(config.keys))
+            pairs["lora.layers"] = (
+                list(layer_indices(count, old.layers)),
+                list(layer_indices(count, config.layers)),
+            )
+    problems += [
+        f"{saved.config_path}: {name} is {_shown(there)} there and {_shown(here)} here; "
+        f"set {name} to {_shown(there)}{' and lora.alpha to null' if name == 'lora.scale' else ''}"
+        for name, (there, here) in pairs.items()
+        if there != here
     ]
     if problems:
         raise ValueError("\n".join(problems))
     names = attach(model, config, seed=0)
-    _load_weights(model, directory / WEIGHTS_FILE)
+    _load_weights(model, saved)
     return names
 
 
@@ -329,8 +387,8 @@ def _read_weights(path: Path) -> dict[str, mx.array]:
         ) from None
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
-    saved = _read_weights(path)
+def _load_weights(model: nn.Module, adapter: Saved) -> None:
+    saved, path = adapter.arrays, adapter.weights_path
     expected = weights(model)
     problems = [f"{name}: missing" for name in expected if name not in saved]
     problems += [f"{name}: not in the model" for name in saved if name not in expected]

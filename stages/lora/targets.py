@@ -52,7 +52,7 @@ def resolve(model: nn.Module, targets: Sequence[str], *, layers: Sequence[int]) 
         for path, module in model.layers[index].named_modules()
         if isinstance(module, LINEAR + SWITCH)
     }
-    outside = _outside(model)
+    outside = outside_layers(model)
     keys: set[str] = set()
     unmatched = []
     for target in targets:
@@ -84,7 +84,8 @@ def _explain(unmatched: Sequence[str], inside: Iterable[str], outside: Iterable[
     )
 
 
-def _outside(model: nn.Module) -> dict[str, nn.Module]:
+def outside_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear modules and embeddings outside of the layers, by name."""
     within = {id(module) for layer in model.layers for module in layer.modules()}
     return {
         name: module
@@ -94,7 +95,9 @@ def _outside(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def chosen(model: nn.Module, keys: Sequence[str], *, layers: Sequence[int]) -> list[tuple[str, nn.Module]]:
-    """Full names and modules of `keys`: layer after layer, then those outside. Not every layer need have every key.
+    """Full names and modules of `keys`: layer after layer, then those that keys name in full.
+
+    Not every layer need have every key.
 
     Raises:
         ValueError: a key names no module.
@@ -106,9 +109,10 @@ def chosen(model: nn.Module, keys: Sequence[str], *, layers: Sequence[int]) -> l
         present = [key for key in keys if key in modules]
         found += [(names[id(modules[key])], modules[key]) for key in present]
         used |= set(present)
-    outside = _outside(model)
-    found += [(key, outside[key]) for key in keys if key in outside]
-    missing = [key for key in keys if key not in used and key not in outside]
+    named = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR + SWITCH + EMBEDDING)}
+    full = [key for key in keys if key not in used and key in named]
+    found += [(key, named[key]) for key in full]
+    missing = [key for key in keys if key not in used and key not in full]
     if missing:
         raise ValueError(f"the base model has no {', '.join(missing)} to put the adapter on; is it another base?")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -323,7 +324,7 @@ def test_no_adapter_is_one_clear_line(model: Any, tmp_path: Path) -> None:
 
 def test_training_starts_from_a_saved_adapter(tiny_llama: Path, tmp_path: Path) -> None:
     model, again = saved(tiny_llama, tmp_path), load_base(tiny_llama)[0]
-    names = adapter.start_from(again, tmp_path, configure(again, dropout=0.5))
+    names = adapter.start_from(again, adapter.read(tmp_path), configure(again, dropout=0.5))
     assert names == [f"model.layers.{i}.{key}" for i in (1, 2) for key in KEYS]
     assert again.layers[2].self_attn.q_proj.dropout._p_1 == 0.5
     tokens = mx.array([[1, 2, 3]])
@@ -336,7 +337,7 @@ def test_every_mismatch_of_a_saved_adapter_is_one_line(tiny_llama: Path, tmp_pat
     model = load_base(tiny_llama)[0]
     wanted = configure(model, type="dora", rank=2, targets=["k_proj"], layers=[0, 2])
     with pytest.raises(ValueError, match=r"lora\.type") as error:
-        adapter.start_from(model, tmp_path, wanted)
+        adapter.start_from(model, adapter.read(tmp_path), wanted)
     lines = [line.removeprefix(f"{tmp_path / adapter.CONFIG_FILE}: ") for line in str(error.value).splitlines()]
     assert lines == [
         "lora.type is lora there and dora here; set lora.type to lora",
@@ -378,3 +379,44 @@ def test_an_adapter_for_other_modules_is_refused(model: Any, tmp_path: Path) -> 
     adapter.save(tmp_path, model, config(keys=("self_attn.qkv_proj",)))
     with pytest.raises(ValueError, match=r"the base model has no self_attn.qkv_proj to put the adapter on"):
         adapter.load(model, tmp_path)
+
+
+def test_a_config_of_an_older_mlx_lm_is_read(tmp_path: Path) -> None:
+    """Until `alpha` went, LoRALinear multiplied by scale · alpha / rank."""
+    lora = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "scale": 10.0, "keys": list(KEYS)}
+    old = {"lora_layers": 2, "lora_parameters": lora}
+    path = tmp_path / adapter.CONFIG_FILE
+    path.write_text(json.dumps(old))
+    assert adapter.read_config(tmp_path) == config(rank=8, scale=20.0)
+    path.write_text(json.dumps(old | {"use_dora": True, "lora_parameters": lora | {"alpha": 8}}))
+    assert adapter.read_config(tmp_path) == config(rank=8, scale=10.0, type="dora")
+    # Today's mlx-lm passes over an alpha beside the scale.
+    path.write_text(json.dumps({"num_layers": 2, "fine_tune_type": "lora", "lora_parameters": lora}))
+    assert adapter.read_config(tmp_path) == config(rank=8, scale=10.0)
+
+
+def test_an_older_config_without_keys_is_read_from_the_tensors(tiny_llama: Path, tmp_path: Path) -> None:
+    model = saved(tiny_llama, tmp_path)
+    old = {"lora_layers": 16, "lora_parameters": {"rank": 4, "alpha": 8, "dropout": 0.0, "scale": 1.0}}
+    (tmp_path / adapter.CONFIG_FILE).write_text(json.dumps(old))
+    again = load_base(tiny_llama)[0]
+    assert adapter.load(again, tmp_path) == config(layers=(1, 2))
+    tokens = mx.array([[1, 2, 3]])
+    again.eval()
+    assert mx.array_equal(model(tokens), again(tokens)).item()
+
+
+def test_the_same_modules_named_in_full_are_a_start(tiny_llama: Path, tmp_path: Path) -> None:
+    saved(tiny_llama, tmp_path)
+    there = adapter.read(tmp_path)
+    names = tuple(sorted({name.rpartition(".")[0] for name in there.arrays}))
+    full = dataclasses.replace(there, config=dataclasses.replace(there.config, keys=names, layers=()))
+    model = load_base(tiny_llama)[0]
+    assert adapter.start_from(model, full, configure(model)) == adapter.attach(
+        load_base(tiny_llama)[0], config(), seed=0
+    )
+    other = load_base(tiny_llama)[0]
+    with pytest.raises(
+        ValueError, match=r"names its modules one by one, and they are not those of lora.targets in lora.layers"
+    ):
+        adapter.start_from(other, full, configure(other, layers=3))

@@ -12,17 +12,21 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from stages.base.manifest import read_manifest
 from stages.convert import convert
 from stages.fetch import fetch
 from stages.formats.export import FORMATS
 from stages.lora import adapter
 from stages.model.load import load_base
+from stages.params.loading import load_params
 from stages.prepare import prepare
 from stages.tokenize import tokenize
-from stages.train import train
+from stages.train import _fingerprint, train
 from tests.support.adapters import attached, configure, fill
 from tests.support.imports import ROOT
 from tests.support.peft_files import lora_pair, write_peft
+from tests.support.rows import token_row
+from tests.support.runs import make_trainer
 from tests.support.tiny import write_model
 
 OURS = Path("artifacts/adapter")
@@ -151,3 +155,22 @@ def test_training_starts_from_an_adapter_of_another_format(adapted: Path, tiny_l
     with pytest.raises(ValueError, match=r"lora.scale is 20.0 there and 2.0 here; set lora.scale to 20.0") as error:
         train(overrides=[f"train.init_adapter={start}"])
     assert str(error.value).startswith(f"{start if to == 'npz' else start / 'adapter_config.json'}: ")
+
+
+def test_a_run_is_named_after_the_content_that_it_starts_from(adapted: Path, tiny_llama: Path) -> None:
+    """A checkpoint of a run from other matrices is not taken up."""
+    prepare()
+    tokenize()
+    write_adapter(tiny_llama, alpha=None, scale=20.0)
+    convert(to="npz", out=Path("npz"))
+    params = load_params(Path("params.yaml"), ["train.init_adapter=npz/adapters.npz"])
+    tokens = {"train": Path("data/tokens/train.parquet")}
+    model = load_base(tiny_llama)[0]
+    adapter.attach(model, configure(model), seed=0)
+    trainer = make_trainer(model, [token_row(0, 8, trained=4)], [], iters=1, batch_size=1, seed=0)
+    names = [_fingerprint(trainer, params, tokens, read_manifest(Path("artifacts/base.json"))) for _ in range(2)]
+    with np.load("npz/adapters.npz") as archive:
+        doubled: dict[str, Any] = {name: 2 * archive[name] for name in archive.files}
+    np.savez("npz/adapters.npz", **doubled)
+    names.append(_fingerprint(trainer, params, tokens, read_manifest(Path("artifacts/base.json"))))
+    assert names[0] == names[1] != names[2]

@@ -157,7 +157,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
         peft.read(tmp_path)
 
 
-def test_a_copy_of_an_embedding_must_be_the_base_models(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_embedding_its_tied_head_and_its_copy_must_agree(tiny_llama: Path, tmp_path: Path) -> None:
     model = load_base(tiny_llama)[0]
     name = "model.embed_tokens"
     pair = lora_pair("x", width=258, rows=32)
@@ -171,6 +171,12 @@ def test_a_copy_of_an_embedding_must_be_the_base_models(tiny_llama: Path, tmp_pa
     }
     write_peft(tmp_path, tensors)
     assert sorted(peft.read(tmp_path, model=model).arrays) == [f"{name}.lora_a", f"{name}.lora_b"]
+    write_peft(tmp_path, tensors | {"lm_head.lora_A.weight": np.ascontiguousarray(2 * b.T)})
+    with pytest.raises(ValueError, match=r"adapts model.embed_tokens and not its head with it"):
+        peft.read(tmp_path, model=model)
+    write_peft(tmp_path, tensors, alpha_pattern={"lm_head": 3})
+    with pytest.raises(ValueError, match=r"adapts model.embed_tokens and not its head with it"):
+        peft.read(tmp_path, model=model)
     write_peft(tmp_path, tensors | {f"{name}.base_layer.weight": np.ones((258, 32), np.float32)})
     with pytest.raises(ValueError, match=r"its model.embed_tokens differs from the base model's; is it another base\?"):
         peft.read(tmp_path, model=model)

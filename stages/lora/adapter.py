@@ -32,6 +32,7 @@ from stages.model.kinds import LINEAR, SWITCH
 from stages.params import schema
 
 WEIGHTS_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
+Layers = list[tuple[str, nn.Module]]  # an adapter's layers, each with the name of the module that it adapts
 _IN_LAYER = re.compile(r"^.*?\blayers\.(\d+)\.")
 
 
@@ -254,6 +255,20 @@ def load(model: nn.Module, directory: Path) -> LoraConfig:
     attach(model, config, seed=0)
     _load_weights(model, directory / WEIGHTS_FILE)
     return config
+
+
+def take_off(model: nn.Module) -> Layers:
+    """Take the adapter off the model, which is the base again; returns its layers for `put_on`."""
+    kinds = (LoRALinear, DoRALinear, LoRASwitchLinear, LoRAEmbedding)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    bare = [(name, layer.embedding if isinstance(layer, LoRAEmbedding) else layer.linear) for name, layer in layers]
+    model.update_modules(tree_unflatten(bare))
+    return layers
+
+
+def put_on(model: nn.Module, layers: Layers) -> None:
+    """Put an adapter that `take_off` took from this model back onto it."""
+    model.update_modules(tree_unflatten(layers))
 
 
 def start_from(model: nn.Module, directory: Path, config: LoraConfig) -> list[str]:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Annotated
 
 import typer
@@ -19,7 +19,7 @@ from stages.params.loading import load_params
 
 KEY_VARIABLE = "LORABUILD_API_KEY"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS = 0.1
 
 
 def serve(
@@ -54,15 +54,7 @@ def serve(
     settings = load_params(params_file, overrides or ())
     key = os.environ.get(KEY_VARIABLE) or None
     os.environ["HF_HUB_OFFLINE"] = "1"
-    received: list[int] = []
-    asked_to_stop = Event()
-
-    def note(number: int, _: object) -> None:
-        received.append(number)
-        asked_to_stop.set()
-
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, note)
+    asked_to_stop = _stop_requests()
     provider = Provider(
         lambda: open_models(settings, merged=merged, manifest=manifest, base=base, adapters=adapters or ())
     )
@@ -71,24 +63,36 @@ def serve(
     except OSError as error:
         raise ValueError(f"{host}:{port}: {error.strerror}; choose another with --host and --port") from None
     with console.progress("loading the models"):
-        server.start()
+        _until(provider.ready, asked_to_stop)
+    if provider.failure is not None:
+        raise provider.failure
+    Thread(target=server.serve_forever, daemon=True).start()
     names = ", ".join(provider.models.names)
-    console.say(f"http://{_shown(host)}:{server.server_address[1]}/v1 serves {names}; Ctrl-C stops it")
+    console.say(f"http://{_shown(host)}:{server.server_port}/v1 serves {names}; Ctrl-C stops it")
     if provider.models.prompts.by_template:
         console.say("of each conversation the last question alone is asked, by prepare.template")
     if host not in _LOOPBACK and key is None:
         console.warn(f"{host} can be reached from other machines, without a key: set {KEY_VARIABLE}")
-    while not asked_to_stop.wait(_LOOK_SECONDS):
-        if not server.generation.is_healthy:
-            raise ValueError("the model no longer answers: see above; start the server again")
-    ended = server.stop()
-    status = 130 if received[0] == signal.SIGINT else 0
-    if not ended:
-        # A long prompt is being read, which nothing can interrupt.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    raise typer.Exit(status)
+    _until(server.generation.dead, asked_to_stop)
+    raise ValueError("the model no longer answers: see above; start the server again")
+
+
+def _stop_requests() -> list[int]:
+    """The signals that ask this process to stop, as they come."""
+    received: list[int] = []
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda number, _: received.append(number))
+    return received
+
+
+def _until(event: Event, asked_to_stop: list[int]) -> None:
+    """Wait for the event. A request to stop ends the process: 130 after Ctrl-C, 0 after SIGTERM."""
+    while not event.wait(_LOOK_SECONDS):
+        if asked_to_stop:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # At once: an answer in the making is given up, and MLX's threads do not end well beside Python's.
+            os._exit(130 if asked_to_stop[0] == signal.SIGINT else 0)
 
 
 def _shown(host: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from threading import Event, Lock
+from threading import Event
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +15,6 @@ from mlx_lm.server import GenerationContext, ModelProvider, Response, ResponseGe
 from stages.decoding.stopping import held_back
 from stages.serving.models import Models
 
-_LEAVE_SECONDS = 0.8  # for the generation thread to end by itself
 _CACHED_PROMPTS = 10
 # What mlx-lm's command line would say.
 _ARGUMENTS: dict[str, Any] = {
@@ -63,37 +62,27 @@ class Provider(ModelProvider):
 
 
 class Generation(ResponseGenerator):
-    """Answers to prompts that come as tokens. Stop strings are found in the text, wherever its tokens part it."""
+    """Answers to prompts that come as tokens. Stop strings are found in the text, wherever its tokens part it.
+
+    `dead` is set when its thread has ended, after which nothing is answered.
+    """
 
     def __init__(self, provider: Provider) -> None:
-        self._answering: dict[int, GenerationContext] = {}
-        self._lock = Lock()
+        self.dead = Event()
         super().__init__(provider, LRUPromptCache(_CACHED_PROMPTS))
+
+    def _run_generate(self) -> None:
+        try:
+            super()._run_generate()
+        finally:
+            self.dead.set()
 
     def generate(
         self, request: Any, generation_args: Any, progress_callback: Any = None
     ) -> tuple[GenerationContext, Iterator[Response]]:
         stops, without = generation_args.stop_words, replace(generation_args, stop_words=[])
         context, responses = super().generate(request, without, progress_callback)
-        return context, self._registered(context, until_stop(responses, stops))
-
-    def stop(self) -> bool:
-        """Give up all answers; True if the thread ended soon."""
-        self._stop = True
-        with self._lock:
-            for context in self._answering.values():
-                context.stop()
-        self._generation_thread.join(_LEAVE_SECONDS)
-        return not self._generation_thread.is_alive()
-
-    def _registered(self, context: GenerationContext, responses: Iterator[Response]) -> Iterator[Response]:
-        with self._lock:
-            self._answering[id(context)] = context
-        try:
-            yield from responses
-        finally:
-            with self._lock:
-                del self._answering[id(context)]
+        return context, until_stop(responses, stops)
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> tuple[list[int], Any, list[str], str, None]:
         ids, state = request.prompt, "normal"

@@ -14,7 +14,7 @@ import socket
 import time
 from http.server import ThreadingHTTPServer
 from socketserver import TCPServer
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Server(ThreadingHTTPServer):
-    """Listens from the start, and answers when its models are there.
+    """Takes connections from the start, and answers once it is told to serve, which the models must be there for.
 
     Raises:
         OSError: the address cannot be had.
@@ -55,24 +55,6 @@ class Server(ThreadingHTTPServer):
         # HTTPServer's own asks the name service who the host is.
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-
-    def start(self) -> None:
-        """Wait for the models, then serve in another thread.
-
-        Raises:
-            ValueError: a model cannot be loaded.
-        """
-        self.provider.ready.wait()
-        if self.provider.failure is not None:
-            self.server_close()
-            raise self.provider.failure
-        Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
-
-    def stop(self) -> bool:
-        """Stop listening and give up all answers; True if nothing of it goes on."""
-        self.shutdown()
-        self.server_close()
-        return self.generation.stop()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Note what went wrong with one client, such as its leaving: the others are served on."""
@@ -189,7 +171,7 @@ class Handler(APIHandler):
                     asked: dict[str, Any] = {name: fields[name] for name in ("messages", "tools") if name in fields}
                     ids = models.prompts.of_conversation(asked).ids
                 else:
-                    ids = models.prompts.of_text(prompt).ids if isinstance(prompt, str) else prompt
+                    ids = models.prompts.of_text(prompt).ids if isinstance(prompt, str) else list(prompt or ())
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise Refusal(400, " ".join(str(error).split()) or type(error).__name__) from None
         if not ids:

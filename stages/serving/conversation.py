@@ -10,6 +10,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 
 from stages.decoding.decode import stream_tokens
 from stages.params import schema
+from stages.schemas.text import is_blank
 from stages.serving.models import Models
 
 
@@ -41,7 +42,9 @@ class Conversation:
         self.messages, self._read = [], {}
 
     def ask(self, words: str, *, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
-        """The answer to the next question, piece by piece, until `stopped` says so; question and answer are kept.
+        """The answer to the next question, piece by piece, until `stopped` says so.
+
+        Question and answer become turns of the conversation, unless the answer is blank.
 
         Raises:
             ValueError: the chat template rejects the turns, or they are longer than the model's context.
@@ -51,8 +54,10 @@ class Conversation:
         for piece in self._answer(turns, stopped):
             pieces.append(piece)
             yield piece
-        if pieces:
-            self.messages = [*turns, {"role": "assistant", "content": "".join(pieces)}]
+        answer = "".join(pieces)
+        # A turn of nothing is none that a conversation can go on from.
+        if not is_blank(answer):
+            self.messages = [*turns, {"role": "assistant", "content": answer}]
 
     def ask_again(self, name: str, *, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """What another model answers to the last question; the conversation stays as it is.

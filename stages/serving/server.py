@@ -145,7 +145,9 @@ class Handler(APIHandler):
         if self.server.key is None:
             return
         kind, _, given = self.headers.get("Authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.server.key.encode()):
+        if kind.lower() != "bearer" or not hmac.compare_digest(
+            given.strip().encode("latin-1"), self.server.key.encode()
+        ):
             raise Refusal(401, "the key is missing or wrong; send it as: Authorization: Bearer KEY", "invalid_api_key")
 
     @property

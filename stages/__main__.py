@@ -3,6 +3,7 @@
 import typer
 
 from stages.baseline import baseline
+from stages.chat import chat
 from stages.cli import console
 from stages.compare import compare
 from stages.convert import convert
@@ -15,6 +16,7 @@ from stages.merge import merge
 from stages.plots import plots
 from stages.prepare import prepare
 from stages.report import report
+from stages.serve import serve
 from stages.show import show
 from stages.tasks import tasks
 from stages.tokenize import tokenize
@@ -29,6 +31,8 @@ app = typer.Typer(
 )
 for stage in (fetch, prepare, tokenize, baseline, train, merge, evaluate, generate, report):
     app.command(rich_help_panel="Stages, in the DAG's order")(stage)
+for use in (chat, serve):
+    app.command(rich_help_panel="The result in use")(use)
 for tool in (inspect, show, compare, convert, plots, tasks, doctor):
     app.command(rich_help_panel="Around them")(tool)
 

@@ -1,19 +1,21 @@
 """Let the merged model answer the prompts that the base model answered.
 
 artifacts/merged + artifacts/baseline → artifacts/samples/samples.{jsonl,md}:
-`python -m stages.generate artifacts/merged --out artifacts/samples`, or talk: `python -m stages generate --prompt "…"`
+`python -m stages.generate artifacts/merged --out artifacts/samples`, or ask: `python -m stages generate --prompt "…"`
 """
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from stages.base.manifest import read_manifest
-from stages.cli import console
+from stages.cli import asking, console
 from stages.files import outputs
 from stages.params import schema
 from stages.params.loading import load_params
@@ -25,7 +27,7 @@ from stages.templating.tokenizer import load_tokenizer
 
 def generate(
     merged: Annotated[Path, typer.Argument(help="The model directory that merge wrote.")] = Path("artifacts/merged"),
-    base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
+    manifest: Annotated[Path, typer.Option(help="The base model's manifest.")] = Path("artifacts/base.json"),
     baseline: Annotated[Path, typer.Option(help="The folder that baseline wrote.")] = Path("artifacts/baseline"),
     prompts: Annotated[
         Path | None,
@@ -33,23 +35,50 @@ def generate(
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder to write samples to.")] = Path("artifacts/samples"),
     prompt: Annotated[
-        str | None, typer.Option(help="Answer just this, to the terminal, by the merged model.", show_default=False)
+        str | None,
+        typer.Option(help="Answer just this, to the terminal; -: what standard input says.", show_default=False),
     ] = None,
+    adapters: asking.Adapters = None,
+    base: asking.Base = False,
+    max_tokens: asking.MaxTokens = None,
+    temperature: asking.Temperature = None,
+    top_p: asking.TopP = None,
+    top_k: asking.TopK = None,
+    min_p: asking.MinP = None,
+    repetition_penalty: asking.RepetitionPenalty = None,
+    presence_penalty: asking.PresencePenalty = None,
+    frequency_penalty: asking.FrequencyPenalty = None,
+    stop: asking.Stop = None,
+    seed: asking.Seed = None,
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:
     """Answer every prompt of the baseline in batches; write both models' answers, as JSONL and Markdown.
 
-    With --prompt, nothing is written: the merged model's answer streams to the terminal.
+    With --prompt, nothing is written: the answer streams to the terminal.
     """
-    settings = load_params(params_file, overrides or ())
-    directory = _require(merged)
+    options = asking.overrides(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        stop=stop,
+        seed=seed,
+    )
+    if prompt is None and (options or adapters or base):
+        raise ValueError("--adapter, --base and the options of an answer go with --prompt; for files: --set generate.…")
+    settings = load_params(params_file, [*(overrides or ()), *options])
     if prompt is not None:
-        _stream(directory, prompt, settings)
+        _ask(prompt, settings, merged=merged, manifest=manifest, base=base, adapters=adapters or ())
         return
+    directory = _require(merged)
     outputs.refuse_foreign(out, ["samples.jsonl", "samples.md"], inputs=[merged, baseline])
     if prompts is None:
-        asked, ids = _answered(baseline / "prompts.parquet", read_manifest(base_file).identity)
+        asked, ids = _answered(baseline / "prompts.parquet", read_manifest(manifest).identity)
     else:
         asked, ids = _read(prompts, _maker(directory, settings))
     answers = _answers(directory, ids, settings)
@@ -60,6 +89,27 @@ def generate(
         (draft / "samples.jsonl").write_bytes("".join(lines).encode())
         (draft / "samples.md").write_bytes(_markdown(samples).encode())
     console.say(f"{len(samples)} prompts answered → {out}")
+
+
+def _ask(
+    prompt: str, settings: schema.Params, *, merged: Path, manifest: Path, base: bool, adapters: Sequence[str]
+) -> None:
+    """Answer one prompt to the terminal: by the merged model, or by the base (`base`) and each adapter in turn."""
+    from stages.serving.conversation import Conversation
+    from stages.serving.models import open_models
+
+    words = asking.standard_input() if prompt == "-" else prompt
+    with console.progress("loading the model"):
+        models = open_models(settings, merged=merged, manifest=manifest, base=base, adapters=adapters)
+    asked = models.names[1:] if adapters and not base else models.names
+    for name in asked:
+        began = time.perf_counter()
+        models.switch(name)
+        if len(asked) > 1:
+            console.note(f"{name} (switched in {1000 * (time.perf_counter() - began):.1f} ms)")
+        for piece in Conversation(models, settings.generate).ask(words):
+            typer.echo(piece, nl=False)
+        typer.echo()
 
 
 def _answered(path: Path, base: str) -> tuple[list[dict[str, str]], list[list[int]]]:
@@ -95,17 +145,6 @@ def _load(directory: Path, settings: schema.Params) -> tuple[Any, Any]:
     with console.progress("loading the merged model"):
         model, config = load_base(directory, dtype=settings.model.dtype, trust_remote_code=trust)
         return model, load_decoder(directory, config, trust_remote_code=trust)
-
-
-def _stream(directory: Path, words: str, settings: schema.Params) -> None:
-    from stages.decoding.decode import answer_stream
-
-    prompt = _maker(directory, settings).of_words(words)
-    model, decoder = _load(directory, settings)
-    options = settings.generate.model_dump(exclude={"batch_size"})
-    for piece in answer_stream(model, decoder, prompt.ids, **options):
-        typer.echo(piece, nl=False)
-    typer.echo()
 
 
 def _maker(directory: Path, settings: schema.Params) -> Prompts:

@@ -12,11 +12,13 @@ from tests.support.imports import MODULES, ROOT, rooms_imported, third_party
 
 # From the top down: a room imports from rooms below it alone.
 ORDER = (
-    "cli", "reporting", "results", "training", "measuring", "scoring", "merging", "decoding", "formats",
+    "cli", "reporting", "results", "serving", "training", "measuring", "scoring", "merging", "decoding", "formats",
     "adapters", "lora", "model", "encoding", "prompting", "questions", "tokens", "templating", "corpus", "prepared",
     "schemas", "readers", "sources", "base", "tables", "files", "params",
 )  # fmt: skip
-NUMERICAL = {"model", "lora", "measuring", "scoring", "training", "merging", "decoding", "adapters", "formats"}
+NUMERICAL = {
+    "model", "lora", "measuring", "scoring", "training", "merging", "decoding", "adapters", "formats", "serving",
+}  # fmt: skip
 TEXT = {
     "readers", "schemas", "prepared", "corpus", "templating", "encoding", "tokens", "files", "base", "prompting",
     "questions", "reporting", "results", "tables",

@@ -111,6 +111,11 @@ def warn(text: str) -> None:
     err.print(f"[bold yellow]warning:[/] {_escape(text)}", soft_wrap=True)
 
 
+def note(text: str) -> None:
+    """Print one line beside the output, to stderr."""
+    err.print(f"[dim]{_escape(text)}[/]", soft_wrap=True)
+
+
 @contextmanager
 def progress(description: str, total: float | None = None, *, unit: str | None = None) -> Iterator[Callable[..., None]]:
     """Show a progress bar on a terminal, nothing elsewhere; with a `unit`, its speed too.

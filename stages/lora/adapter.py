@@ -32,6 +32,7 @@ from stages.model.kinds import LINEAR, SWITCH
 from stages.params import schema
 
 WEIGHTS_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
+Layers = list[tuple[str, nn.Module]]  # an adapter's layers, each with the name of the module that it adapts
 IN_LAYER = re.compile(r"^.*?\blayers\.(\d+)\.")  # what stands before a module's path inside of its layer
 
 
@@ -327,6 +328,20 @@ def put(model: nn.Module, saved: Saved) -> list[str]:
     names = attach(model, saved.config, seed=0)
     _load_weights(model, saved)
     return names
+
+
+def take_off(model: nn.Module) -> Layers:
+    """Take the adapter off the model, which is the base again; returns its layers for `put_on`."""
+    kinds = (LoRALinear, DoRALinear, LoRASwitchLinear, LoRAEmbedding)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    bare = [(name, layer.embedding if isinstance(layer, LoRAEmbedding) else layer.linear) for name, layer in layers]
+    model.update_modules(tree_unflatten(bare))
+    return layers
+
+
+def put_on(model: nn.Module, layers: Layers) -> None:
+    """Put an adapter that `take_off` took from this model back onto it."""
+    model.update_modules(tree_unflatten(layers))
 
 
 def start_from(model: nn.Module, saved: Saved, config: LoraConfig) -> list[str]:

@@ -21,8 +21,8 @@ VERSIONED = (
     "sqlglot", "tokenizers", "transformers", "vl-convert-python",
 )  # fmt: skip
 IMPORTED_AS = {"vl_convert": "vl-convert-python"}  # where a package's module has another name
-# Rooms that shape no output: the values of params.yaml are dependencies themselves, and cli/ only talks to the user.
-NO_DEPENDENCY = ("stages/cli/", "stages/params/")
+# Rooms that shape no output: params/ reads values that are dependencies themselves, cli/ and serving/ talk to users.
+NO_DEPENDENCY = ("stages/cli/", "stages/params/", "stages/serving/")
 
 
 def code_files(module: str) -> set[Path]:

@@ -89,8 +89,9 @@ def _describe(problem: Any, tree: Any, path: Path, overridden: dict[str, str]) -
     location = [str(part) for part in problem["loc"]]
     dotted = ".".join(location)
     where = f"{path}:{_line(tree, location)}: {dotted}"
-    if dotted in overridden:
-        where = f"--set {overridden[dotted]}"
+    for path_set, text in overridden.items():
+        if f"{dotted}.".startswith(f"{path_set}."):
+            where = f"--set {text}"
     return f"{where}: {_reason(problem, tree, location)}"
 
 
@@ -138,7 +139,8 @@ def _line(tree: Any, location: list[str]) -> int:
             line = places.key(part)[0] + 1 if part in (places.data or {}) else line
             node = node[part]
         elif isinstance(node, list) and part.isdigit() and int(part) < len(node):
-            line = node.lc.item(int(part))[0] + 1  # type: ignore[attr-defined]
+            # The list of an override stands in no file.
+            line = node.lc.item(int(part))[0] + 1 if hasattr(node, "lc") else line
             node = node[int(part)]
         else:
             break

@@ -214,7 +214,14 @@ class Merge(Section):
 class Generate(Section):
     max_tokens: Positive
     temperature: Annotated[float, Field(ge=0)]
-    seed: Annotated[int, Field(ge=0)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: Annotated[int, Field(ge=0)]
+    min_p: Fraction
+    repetition_penalty: Annotated[float, Field(gt=0)]
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)]
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)]
+    stop: list[Annotated[str, Field(min_length=1)]]
+    seed: Annotated[int, Field(ge=0, lt=2**64)]
     batch_size: Positive
 
 

@@ -84,7 +84,29 @@ class Prompts:
         columns = {name for name in template.columns[:-1] if name not in template.optional}
         if len(columns) == 1:
             return self.of_row({columns.pop(): words})
-        return self._of_text(normalize.normalized(words, self._form))
+        return self.of_text(words)
+
+    @property
+    def by_template(self) -> bool:
+        """True if prepare.template asks, False if the chat template does."""
+        return self._schemas.template is not None
+
+    def of_conversation(self, fields: Mapping[str, Any]) -> Prompt:
+        """The prompt of `messages`, perhaps with `tools`; under prepare.template that of the last question alone.
+
+        Raises:
+            ValueError: they are no messages, the last is no question, or the chat template rejects them.
+        """
+        if not self.by_template:
+            return self.of_row(fields)
+        messages = self._schemas.asked(fields)["messages"]
+        if messages[-1]["role"] != "user":
+            raise ValueError(f"the last message is the {messages[-1]['role']}'s; prepare.template wants a question")
+        return self.of_words(messages[-1]["content"])
+
+    def of_text(self, text: str) -> Prompt:
+        """The prompt that is a text to continue."""
+        return self._of_text(normalize.normalized(text, self._form))
 
     def _of_turns(self, messages: list[Message], tools: list[Any] | None) -> Prompt:
         if self._options.thoughts == "drop":

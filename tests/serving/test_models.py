@@ -1,0 +1,142 @@
+"""Models by name: adapters are switched on one base, which stays what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from stages.lora import adapter
+from stages.model.load import load_base
+from stages.params.loading import load_params
+from stages.serving.models import Models, adapter_folders, open_models
+from tests.support.adapters import config, fill
+from tests.support.serving import SHAPES, write_models
+from tests.support.tiny import write_llama
+
+TOKENS = mx.array([[1, 2, 3, 4]])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Models:
+    return opened(folder, monkeypatch, adapters=["one", "two"])
+
+
+def opened(folder: Path, monkeypatch: pytest.MonkeyPatch, **choice: Any) -> Models:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("LORABUILD_STORE", str(folder / "store"))
+    return open_models(load_params(), merged=Path("merged"), manifest=Path("artifacts/base.json"), **choice)
+
+
+def loaded(folder: Path, name: str) -> np.ndarray[Any, Any]:
+    """The logits of a model that was loaded for itself."""
+    model = load_base(folder / ("merged" if name == "merged" else "base"))[0]
+    if name in SHAPES:
+        adapter.load(model, folder / name)
+    return np.array(model(TOKENS))
+
+
+def test_each_name_is_the_model_that_it_says(folder: Path, models: Models) -> None:
+    assert models.names == ("base", "one", "two")
+    for name in ("one", "two", "base", "two", "one", "base"):
+        models.switch(name)
+        assert np.array_equal(np.array(models.model(TOKENS)), loaded(folder, name)), name
+
+
+def test_a_switch_loads_nothing(models: Models) -> None:
+    def weight() -> Any:
+        module = models.model.layers[2].self_attn.q_proj
+        return module.linear.weight if "lora_a" in module else module.weight
+
+    before = weight()
+    mx.eval(models.model(TOKENS))
+    memory = mx.get_active_memory()
+    for name in ("one", "two", "one"):
+        models.switch(name)
+        assert mx.get_active_memory() <= memory
+    assert weight() is before
+
+
+def test_alone_it_is_the_merged_model_or_the_base(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for choice, name in (({}, "merged"), ({"base": True}, "base")):
+        models = opened(folder, monkeypatch, **choice)
+        assert models.names == (name,)
+        assert np.array_equal(np.array(models.model(TOKENS)), loaded(folder, name))
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(folder: Path, models: Models, tmp_path: Path) -> None:
+    other = load_base(write_llama(tmp_path / "wide", hidden_size=64))[0]
+    adapter.attach(other, config(), seed=0)
+    adapter.save(tmp_path / "wide_adapter", other, config())
+    models.switch("one")
+    with pytest.raises(ValueError, match="the model wants"):
+        models.add("wide", tmp_path / "wide_adapter")
+    assert models.names == ("base", "one", "two")
+    assert np.array_equal(np.array(models.model(TOKENS)), loaded(folder, "one"))
+
+
+def test_no_adapter_goes_onto_a_merged_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="start with --base"):
+        opened(folder, monkeypatch).add("one", folder / "one")
+
+
+def test_dropout_is_for_training(tmp_path: Path, folder: Path, models: Models) -> None:
+    model = load_base(folder / "base")[0]
+    adapter.attach(model, config(dropout=0.5), seed=0)
+    fill(model)
+    adapter.save(tmp_path / "dropping", model, config(dropout=0.5))
+    models.add("dropping", tmp_path / "dropping")
+    models.switch("dropping")
+    assert mx.array_equal(models.model(TOKENS), models.model(TOKENS))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("targets", [["all-linear"], ["embed_tokens", "q_proj"], ["lm_head"]], ids=str)
+def test_an_adapter_comes_off_and_goes_back_on(tmp_path: Path, architecture: str, targets: list[str]) -> None:
+    from tests.support.tiny import write_model
+
+    untied = {"tie_word_embeddings": False}
+    model = load_base(write_model(tmp_path / "base", architecture, **untied))[0]
+    bare = np.array(model(TOKENS))
+    adapter.attach(model, config(keys=_keys(model, targets)), seed=0)
+    fill(model)
+    worn = np.array(model(TOKENS))
+    assert not np.array_equal(bare, worn)
+    layers = adapter.take_off(model)
+    assert np.array_equal(np.array(model(TOKENS)), bare)
+    assert adapter.weights(model) == {}
+    adapter.put_on(model, layers)
+    assert np.array_equal(np.array(model(TOKENS)), worn)
+
+
+def _keys(model: Any, targets: list[str]) -> tuple[str, ...]:
+    from tests.support.adapters import configure
+
+    return configure(model, targets=targets).keys
+
+
+def test_names_of_adapters(tmp_path: Path) -> None:
+    (tmp_path / "a=b").mkdir()
+    assert adapter_folders(["runs/x", "y=runs/x/adapter"]) == {"x": Path("runs/x"), "y": Path("runs/x/adapter")}
+    with pytest.raises(ValueError, match="name x is taken; give another, as NAME=b/x"):
+        adapter_folders(["a/x", "b/x"])
+    with pytest.raises(ValueError, match="is no name"):
+        adapter_folders([str(tmp_path / "a=b")])
+    with pytest.raises(ValueError, match="base is taken"):
+        adapter_folders(["base=a"])
+
+
+def test_a_missing_model_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match="nowhere: no merged model; make it with"):
+        open_models(load_params(), merged=Path("nowhere"), manifest=Path("artifacts/base.json"))
+    with pytest.raises(ValueError, match="there are: merged"):
+        open_models(load_params(), merged=Path("merged"), manifest=Path("artifacts/base.json")).switch("x")

@@ -1,0 +1,1 @@
+"""Other people's file formats: PEFT, NumPy and GGUF."""

@@ -1,0 +1,82 @@
+"""GGUF files in llama.cpp itself (`make test-peers`): the same tokens, the same probabilities, the same answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from stages.formats.gguf_model import export_model
+from stages.model.load import load_base
+from stages.templating.tokenizer import load_tokenizer
+from tests.support import gguf_tokenizers
+from tests.support.gguf_models import ARCHITECTURES, write_exportable
+from tests.support.gguf_tokenizers import TEXTS, VOCABULARY
+from tests.support.llama_cpp import serving
+
+pytestmark = pytest.mark.peers
+PROMPTS = [[int(i) for i in np.random.default_rng(length).integers(4, VOCABULARY, length)] for length in (3, 24, 40)]
+TOKENS = 4
+
+
+def by_mlx(model: Any, prompt: list[int], answer: list[int]) -> np.ndarray:
+    """Log-probabilities at each place of an answer that is not empty, (tokens, V)."""
+    logits = model(mx.array([[*prompt, *answer[:-1]]]))[0, len(prompt) - 1 :].astype(mx.float32)
+    return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+
+def assert_agrees(model: Any, file: Path, *, within: float, adapter: Path | None = None) -> None:
+    """llama.cpp's greedy answer is MLX's, and the log-probabilities of all tokens at all its places agree."""
+    compared = 0
+    with serving(file, adapter=adapter) as llama:
+        answered = [llama.generate(prompt, tokens=TOKENS) for prompt in PROMPTS]
+    for prompt, (answer, places) in zip(PROMPTS, answered, strict=True):
+        ours = by_mlx(model, prompt, answer)
+        assert answer == ours.argmax(axis=-1).tolist()
+        for place, theirs in places.items():
+            np.testing.assert_allclose(theirs, ours[place], rtol=0, atol=within)
+            compared += 1
+    assert compared >= TOKENS
+
+
+# llama.cpp rounds GELU to float16 on a CPU.
+WITHIN = {architecture: 0.03 if architecture == "gemma3_text" else 2e-4 for architecture in ARCHITECTURES}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_llama_cpp_computes_what_mlx_does(tmp_path: Path, architecture: str) -> None:
+    folder = write_exportable(tmp_path / "model", architecture)
+    export_model(folder, tmp_path / "model.gguf", dtype="f32")
+    assert_agrees(load_base(folder)[0], tmp_path / "model.gguf", within=WITHIN[architecture])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tokens_are_the_tokenizers_own(tmp_path: Path, architecture: str) -> None:
+    folder = write_exportable(tmp_path / "model", architecture)
+    export_model(folder, tmp_path / "model.gguf", dtype="f16")
+    assert_same_tokens(folder, tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "gpt-4o", "tekken"])
+def test_each_pre_tokenizer_is_llama_cpps(tmp_path: Path, pre: str) -> None:
+    folder = write_exportable(tmp_path / "model", "llama")
+    gguf_tokenizers.write_byte_level(folder, pre, bos=pre == "llama-bpe")
+    export_model(folder, tmp_path / "model.gguf", dtype="f16")
+    assert_same_tokens(folder, tmp_path / "model.gguf")
+
+
+def assert_same_tokens(folder: Path, file: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": TEXTS["korean"]}], tokenize=False)
+    with serving(file) as llama:
+        for name, text in TEXTS.items():
+            assert llama.tokens(text) == tokenizer.encode(text, add_special_tokens=False), name
+            assert llama.tokens(text, bos=True) == tokenizer.encode(text), name
+        assert llama.tokens(chat, special=True) == tokenizer.encode(chat, add_special_tokens=False)
+        ask = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+        )
+        assert llama.chat("Hi") == ask

@@ -1,0 +1,77 @@
+"""llama.cpp in this process (package xllamacpp): its server, asked for tokens and log-probabilities."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """A running server."""
+
+    address: str
+
+    def tokens(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
+        """The ids of a text; `special`: control tokens in it count as such; `bos`: with what goes before a text."""
+        return list(self._post("/tokenize", content=text, add_special=bos, parse_special=special)["tokens"])
+
+    def generate(self, prompt: list[int], *, tokens: int) -> tuple[list[int], dict[int, np.ndarray]]:
+        """The greedy continuation, and the log-probabilities of all tokens (V,) by its places.
+
+        Of a token inside of a character the server gives none.
+        """
+        answer, places = list[int](), {}
+        for place in range(tokens):
+            said = self._post(
+                "/completion",
+                prompt=[*prompt, *answer],
+                n_predict=1,
+                n_probs=1_000_000,
+                temperature=0,
+                cache_prompt=False,
+                return_tokens=True,
+            )
+            if not said["tokens"]:  # the answer has ended
+                break
+            answer += said["tokens"]
+            for found in said.get("completion_probabilities", []):
+                choices = sorted(found["top_logprobs"], key=lambda choice: int(choice["id"]))
+                places[place] = np.array([choice["logprob"] for choice in choices])
+        return answer, places
+
+    def chat(self, content: str) -> str:
+        """The prompt that the server makes of a user's turn by the file's own chat template."""
+        return str(self._post("/apply-template", messages=[{"role": "user", "content": content}])["prompt"])
+
+    def _post(self, path: str, **body: Any) -> Any:
+        request = urllib.request.Request(
+            self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310  our own server's address
+            return json.load(answer)
+
+
+@contextmanager
+def serving(model: Path, *, adapter: Path | None = None, context: int = 256) -> Iterator[LlamaCpp]:
+    """llama.cpp with a model, and perhaps an adapter on it, on a free port of this machine."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(model)
+    params.n_ctx, params.n_parallel, params.port, params.warmup, params.verbosity = context, 1, 0, False, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if adapter:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
+    server = xllamacpp.Server(params)
+    yield LlamaCpp(server.listening_address)
+    del server

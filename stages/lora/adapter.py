@@ -217,7 +217,7 @@ def read_config(directory: Path) -> LoraConfig:
 
 def _read_modules(path: Path) -> tuple[list[str], list[int]]:
     """The keys and the layers that a file's tensors belong to."""
-    modules = {name.rpartition(".")[0] for name in _read_weights(path)}
+    modules = {name.rpartition(".")[0] for name in read_weights(path)}
     layers = {int(match[1]) for match in map(_IN_LAYER.match, modules) if match}
     return sorted({_IN_LAYER.sub("", module) for module in modules}), sorted(layers)
 
@@ -241,7 +241,7 @@ def saved_names(directory: Path) -> list[str]:
     Raises:
         ValueError: the file is missing or no adapter's.
     """
-    return list(_read_weights(directory / WEIGHTS_FILE))
+    return list(read_weights(directory / WEIGHTS_FILE))
 
 
 def load(model: nn.Module, directory: Path) -> LoraConfig:
@@ -290,7 +290,12 @@ def _shown(value: object) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else f"{value}"
 
 
-def _read_weights(path: Path) -> dict[str, mx.array]:
+def read_weights(path: Path) -> dict[str, mx.array]:
+    """A saved adapter's arrays by name, not read yet.
+
+    Raises:
+        ValueError: the file is missing or no safetensors.
+    """
     if not path.exists():
         raise ValueError(f"{path}: no such file; make it with: python -m stages.train")
     try:
@@ -302,7 +307,7 @@ def _read_weights(path: Path) -> dict[str, mx.array]:
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
-    saved = _read_weights(path)
+    saved = read_weights(path)
     expected = weights(model)
     problems = [f"{name}: missing" for name in expected if name not in saved]
     problems += [f"{name}: not in the model" for name in saved if name not in expected]

@@ -23,6 +23,10 @@ _FILE_TYPES = {
 }
 
 
+# What more a YaRN may say (beta_fast, mscale, attention_factor, …) is not compared with llama.cpp's.
+_YARN = {"type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings"}
+
+
 def model_metadata(source: Source, *, name: str, vocabulary: int, dtype: str) -> dict[str, Any]:
     """Everything but the tokenizer. `vocabulary`: rows of the embedding.
 
@@ -57,6 +61,7 @@ def model_metadata(source: Source, *, name: str, vocabulary: int, dtype: str) ->
         keys["attention.sliding_window"] = int(source.config.get("sliding_window") or 0)
     if arch == "gemma3":
         keys["attention.sliding_window"] = int(args.sliding_window)
+        keys["attention.sliding_window_pattern"] = int(args.sliding_window_pattern)
         keys["rope.freq_base_swa"] = float(args.rope_local_base_freq)
     return general | {f"{arch}.{key}": value for key, value in (keys | _scaling(source)).items()}
 
@@ -82,6 +87,12 @@ def _scaling(source: Source) -> dict[str, Any]:
         factor = source.args.max_position_embeddings / original
         scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
         return {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": scale}
+    if kind == "yarn" and scaling.keys() <= _YARN:
+        return {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(scaling["factor"]),
+            "rope.scaling.original_context_length": int(scaling["original_max_position_embeddings"]),
+        }
     raise refusal(source.directory, f"rope_scaling of the type {kind!r} has no proven form")
 
 

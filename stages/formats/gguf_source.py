@@ -80,8 +80,6 @@ def _unproven(source: Source) -> str | None:
     if getattr(args, "rope_traditional", False):
         return "rope_traditional: true has no proven form"
     if source.architecture.name == "gemma3":
-        if args.sliding_window_pattern != 6:
-            return f"sliding_window_pattern {args.sliding_window_pattern} has no proven form (6 has)"
         if args.query_pre_attn_scalar != source.head_dim:
             return f"query_pre_attn_scalar {args.query_pre_attn_scalar:g} other than head_dim has no proven form"
     return None

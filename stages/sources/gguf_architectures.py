@@ -69,7 +69,7 @@ class Architecture:
         return {"q_proj": heads, "k_proj": kv_heads}.get(module.rpartition(".")[2])
 
 
-LLAMA = Architecture("llama", "llama", "LlamaForCausalLM", _LLAMA, permuted=True)
+LLAMA = Architecture("llama", "llama", "LlamaForCausalLM", _LLAMA, biased=frozenset(_ATTENTION | _OUTPUT), permuted=True)
 ARCHITECTURES = (
     LLAMA,
     Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", _LLAMA, biased=frozenset(_ATTENTION)),

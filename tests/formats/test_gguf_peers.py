@@ -31,19 +31,27 @@ def by_mlx(model: Any, prompt: list[int], answer: list[int]) -> np.ndarray:
     return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
 
-def assert_agrees(model: Any, file: Path, *, within: float, adapter: Path | None = None) -> None:
+def assert_agrees(
+    model: Any,
+    file: Path,
+    *,
+    within: float,
+    adapter: Path | None = None,
+    prompts: list[list[int]] = PROMPTS,
+    context: int = 256,
+) -> None:
     """llama.cpp's greedy answer is MLX's, and the log-probabilities of all tokens at all its places agree."""
     compared = 0
-    with serving(file, adapter=adapter) as llama:
-        answered = [llama.generate(prompt, tokens=TOKENS) for prompt in PROMPTS]
-    for prompt, (answer, places) in zip(PROMPTS, answered, strict=True):
+    with serving(file, adapter=adapter, context=context) as llama:
+        answered = [llama.generate(prompt, tokens=TOKENS) for prompt in prompts]
+    for prompt, (answer, places) in zip(prompts, answered, strict=True):
         ours = by_mlx(model, prompt, answer)
         chosen = ours[np.arange(len(answer)), answer]
         assert (chosen >= ours.max(axis=-1) - within).all()  # the same choices, but for ties
         for place, theirs in places.items():
             np.testing.assert_allclose(theirs, ours[place], rtol=0, atol=within)
             compared += 1
-    assert compared >= TOKENS
+    assert compared >= len(prompts)
 
 
 def filled_adapter(folder: Path, out: Path) -> tuple[Any, adapter.LoraConfig]:
@@ -66,6 +74,48 @@ def test_llama_cpp_computes_what_mlx_does(tmp_path: Path, architecture: str) -> 
     folder = write_exportable(tmp_path / "model", architecture)
     export_model(folder, tmp_path / "model.gguf", dtype="f32")
     assert_agrees(load_base(folder)[0], tmp_path / "model.gguf", within=WITHIN[architecture])
+
+
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "own head": ("llama", {"tie_word_embeddings": False}),
+    "mistral": ("llama", {"model_type": "mistral"}),
+    "width of heads": ("llama", {"head_dim": 64}),
+    "attention bias": ("llama", {"attention_bias": True}),
+    "linear": ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "llama3": ("llama", {"rope_scaling": _LLAMA3 | {"original_max_position_embeddings": 64}}),
+    "linear qwen2": ("qwen2", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "yarn": ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}}),
+    "part of a head": ("phi3", {"head_dim": None, "partial_rotary_factor": 0.5}),
+    "linear gemma": ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "other pattern": ("gemma3_text", {"sliding_window_pattern": 3}),
+    "other scale": ("gemma3_text", {"query_pre_attn_scalar": 64}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_an_architecture_agree(tmp_path: Path, variant: str) -> None:
+    architecture, changes = VARIANTS[variant]
+    folder = write_exportable(tmp_path / "model", architecture, **changes)
+    export_model(folder, tmp_path / "model.gguf", dtype="f32")
+    assert_agrees(load_base(folder)[0], tmp_path / "model.gguf", within=WITHIN[architecture])
+
+
+def test_packed_model_agrees_after_unpacking(tmp_path: Path) -> None:
+    folder = write_exportable(tmp_path / "model", "llama", quantize=True)
+    export_model(folder, tmp_path / "model.gguf", dtype="f32")
+    assert_agrees(load_base(folder)[0], tmp_path / "model.gguf", within=2e-4)
+
+
+@pytest.mark.parametrize(("context", "length"), [(256, 40), (512, 300)])
+def test_long_context_phi3_agrees_below_and_beyond_its_first_context(tmp_path: Path, context: int, length: int) -> None:
+    factors = np.linspace(1, 4, 16)
+    scaling = {"type": "longrope", "short_factor": factors.tolist(), "long_factor": (3 * factors).tolist()}
+    changes = {"original_max_position_embeddings": 256, "max_position_embeddings": 1024, "rope_scaling": scaling}
+    folder = write_exportable(tmp_path / "model", "phi3", **changes)
+    export_model(folder, tmp_path / "model.gguf", dtype="f32")
+    prompts = [[int(i) for i in np.random.default_rng(0).integers(4, VOCABULARY, length)]]
+    assert_agrees(load_base(folder)[0], tmp_path / "model.gguf", within=2e-4, prompts=prompts, context=context)
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])

@@ -12,9 +12,9 @@ from tests.support.imports import MODULES, ROOT, rooms_imported, third_party
 
 # From the top down: a room imports from rooms below it alone.
 ORDER = (
-    "cli", "reporting", "results", "training", "measuring", "scoring", "merging", "decoding", "formats", "lora", "model",
-    "encoding", "prompting", "questions", "tokens", "templating", "corpus", "prepared", "schemas", "readers", "sources",
-    "base", "tables", "files", "params",
+    "cli", "reporting", "results", "training", "measuring", "scoring", "merging", "decoding", "formats", "lora",
+    "model", "encoding", "prompting", "questions", "tokens", "templating", "corpus", "prepared", "schemas", "readers",
+    "sources", "base", "tables", "files", "params",
 )  # fmt: skip
 NUMERICAL = {"model", "lora", "measuring", "scoring", "training", "merging", "decoding", "formats"}
 TEXT = {

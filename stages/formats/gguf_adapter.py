@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from gguf import GGMLQuantizationType as Kind
 
 from stages.files.outputs import replacing
 from stages.formats import gguf_file
-from stages.formats.gguf_file import Kind, Tensor
+from stages.formats.gguf_file import Tensor
 from stages.formats.gguf_model import Summary
 from stages.formats.gguf_source import Source, Weights, open_source
 from stages.lora import adapter

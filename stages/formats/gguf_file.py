@@ -129,8 +129,9 @@ def verify(path: Path, metadata: Mapping[str, Any], tensors: Sequence[Tensor]) -
 
 
 def _equal(found: Any, wanted: Any) -> bool:
-    if isinstance(wanted, float) or (isinstance(wanted, list) and isinstance(wanted[0], float)):
-        return bool(np.array_equal(np.float32(found), np.float32(wanted)))
+    first = wanted[0] if isinstance(wanted, list) else wanted
+    if isinstance(first, float):
+        return bool(np.array_equal(np.array(found, np.float32), np.array(wanted, np.float32)))
     return bool(found == wanted)
 
 

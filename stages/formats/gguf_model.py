@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from gguf import GGMLQuantizationType as Kind
 
 from stages.files.outputs import replacing
 from stages.formats import gguf_file
-from stages.formats.gguf_file import Kind, Tensor
+from stages.formats.gguf_file import Tensor
 from stages.formats.gguf_metadata import model_metadata, rope_factors
 from stages.formats.gguf_source import Source, Weights, open_source, refusal
 from stages.formats.gguf_tokenizer import Vocabulary, generation_config, read_vocabulary

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -79,9 +79,8 @@ def _unproven(source: Source) -> str | None:
         return f"layer_types {sorted(set(args.layer_types))} has no proven form"
     if getattr(args, "rope_traditional", False):
         return "rope_traditional: true has no proven form"
-    if source.architecture.name == "gemma3":
-        if args.query_pre_attn_scalar != source.head_dim:
-            return f"query_pre_attn_scalar {args.query_pre_attn_scalar:g} other than head_dim has no proven form"
+    if source.architecture.name == "gemma3" and args.query_pre_attn_scalar != source.head_dim:
+        return f"query_pre_attn_scalar {args.query_pre_attn_scalar:g} other than head_dim has no proven form"
     return None
 
 
@@ -96,25 +95,23 @@ class Weights:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._files: dict[str, Path] = {}
-        self._arrays: dict[str, mx.array] = {}  # for their shapes alone: never computed with, so never read
+        self._files: dict[str, Any] = {}  # by the names of the tensors in them
         tied = getattr(source.args, "tie_word_embeddings", source.config.get("tie_word_embeddings", True))
-        skipped = _NO_WEIGHTS
+        skipped: tuple[str, ...] = _NO_WEIGHTS
         if tied and not has_own_head(source.directory, source.config):
             skipped = (*skipped, "lm_head.")
         for path in sorted(source.directory.glob("model*.safetensors")):
-            for name, array in _load(path).items():
-                if not any(part in name for part in skipped):
-                    self._files[name], self._arrays[name] = path, array
+            file = _open(path)
+            self._files |= {name: file for name in file.keys() if not any(part in name for part in skipped)}  # noqa: SIM118
 
     def names(self) -> list[str]:
         """The tensors' names, a packed weight by that of its weight alone."""
-        packed = {name.removesuffix(".scales") for name in self._arrays if name.endswith(".scales")}
-        return [name for name in self._arrays if not (_is_packing(name) and name.rpartition(".")[0] in packed)]
+        packed = {name.removesuffix(".scales") for name in self._files if name.endswith(".scales")}
+        return [name for name in self._files if not (_is_packing(name) and name.rpartition(".")[0] in packed)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, as if it were not packed."""
-        shape = tuple(self._arrays[name].shape)
+        shape = tuple(self._files[name].get_slice(name).get_shape())
         if not self._is_packed(name):
             return shape
         return (*shape[:-1], shape[-1] * 32 // self._packing(name)["bits"])
@@ -132,7 +129,7 @@ class Weights:
         return np.array(array.astype(mx.float32))
 
     def _array(self, name: str) -> mx.array:
-        return _load(self._files[name])[name]
+        return self._files[name].get_tensor(name)
 
     def _is_packed(self, name: str) -> bool:
         return name.endswith(".weight") and f"{name.removesuffix('.weight')}.scales" in self._files
@@ -148,10 +145,13 @@ class Weights:
         return {"group_size": found["group_size"], "bits": found["bits"], "mode": found.get("mode", "affine")}
 
 
-def _load(path: Path) -> dict[str, mx.array]:
+def _open(path: Path) -> Any:
+    """A safetensors file, from which a tensor is read when it is asked for."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        return cast(dict[str, mx.array], mx.load(str(path)))
-    except RuntimeError as error:
+        return safe_open(path, framework="mlx")
+    except SafetensorError as error:
         raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}; {_WHOLE_COPY}") from None
 
 

@@ -44,7 +44,9 @@ def read_vocabulary(directory: Path, *, rows: int, config: dict[str, Any]) -> Vo
     # A token without a row in the embedding can be no part of any text that the model was trained on.
     tokens = {i: token for token, i in tokenizer.get_vocab().items() if i < rows}
     if tokenizer.eos_token_id >= rows:
-        raise ValueError(f"{directory}: its EOS token, {tokenizer.eos_token_id}, has no row in the embedding; resize it")
+        raise ValueError(
+            f"{directory}: its EOS token, {tokenizer.eos_token_id}, has no row in the embedding; resize it"
+        )
     names = [tokens.get(i, f"[PAD{i}]") for i in range(rows)]
     try:
         own = _sentencepiece(state, names, added) if state["model"].get("byte_fallback") else _byte_level(state)
@@ -60,9 +62,7 @@ def read_vocabulary(directory: Path, *, rows: int, config: dict[str, Any]) -> Vo
     return Vocabulary(metadata | _roles(tokenizer, config, rows), strips)
 
 
-def _type(
-    i: int, name: str, tokens: dict[int, str], added: dict[int, Any], own: dict[str, Any], tokenizer: Any
-) -> int:
+def _type(i: int, name: str, tokens: dict[int, str], added: dict[int, Any], own: dict[str, Any], tokenizer: Any) -> int:
     if i not in tokens:
         return UNUSED
     spm = own["tokenizer.ggml.model"] == "llama"
@@ -187,7 +187,9 @@ def _roles(tokenizer: Any, config: dict[str, Any], rows: int) -> dict[str, Any]:
         "padding": tokenizer.pad_token_id,
         "unknown": tokenizer.unk_token_id,
     }
-    keys: dict[str, Any] = {f"tokenizer.ggml.{role}_token_id": i for role, i in ids.items() if i is not None and i < rows}
+    keys: dict[str, Any] = {
+        f"tokenizer.ggml.{role}_token_id": i for role, i in ids.items() if i is not None and i < rows
+    }
     if tokenizer.chat_template:
         keys["tokenizer.chat_template"] = str(tokenizer.get_chat_template())
     return keys

@@ -84,7 +84,9 @@ def hf_name(name: str, architecture: Architecture = LLAMA) -> str:
     module, _, kind = name.rpartition(".")
     target = architecture.hf_module(module)
     if target is None or not re.fullmatch(_KINDS, kind) or (kind == "bias" and not architecture.has(target, kind)):
-        raise ValueError(f"the GGUF tensor {name!r} has no place in a {architecture.hf_class.removesuffix('ForCausalLM')}")
+        raise ValueError(
+            f"the GGUF tensor {name!r} has no place in a {architecture.hf_class.removesuffix('ForCausalLM')}"
+        )
     return f"{target}.{kind}"
 
 

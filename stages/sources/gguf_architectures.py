@@ -56,7 +56,9 @@ class Architecture:
             if gguf == module:
                 return hf
         match = _IN_BLOCK.fullmatch(module)
-        return f"model.layers.{match[1]}.{self._hf_modules[match[2]]}" if match and match[2] in self._hf_modules else None
+        return (
+            f"model.layers.{match[1]}.{self._hf_modules[match[2]]}" if match and match[2] in self._hf_modules else None
+        )
 
     def has(self, module: str, kind: str) -> bool:
         """True if a module, by its Hugging Face name, has a tensor of this kind: `weight`, or `bias` where it may."""
@@ -69,7 +71,9 @@ class Architecture:
         return {"q_proj": heads, "k_proj": kv_heads}.get(module.rpartition(".")[2])
 
 
-LLAMA = Architecture("llama", "llama", "LlamaForCausalLM", _LLAMA, biased=frozenset(_ATTENTION | _OUTPUT), permuted=True)
+LLAMA = Architecture(
+    "llama", "llama", "LlamaForCausalLM", _LLAMA, biased=frozenset(_ATTENTION | _OUTPUT), permuted=True
+)
 ARCHITECTURES = (
     LLAMA,
     Architecture("qwen2", "qwen2", "Qwen2ForCausalLM", _LLAMA, biased=frozenset(_ATTENTION)),
@@ -78,7 +82,9 @@ ARCHITECTURES = (
         "phi3",
         "phi3",
         "Phi3ForCausalLM",
-        {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"} | _OUTPUT | _NORMS,
+        {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+        | _OUTPUT
+        | _NORMS,
     ),
     Architecture(
         "gemma3",

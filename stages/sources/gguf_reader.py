@@ -76,7 +76,7 @@ class GgufFile:
                 values = gguf.dequantize(tensor.data, tensor.tensor_type)
             except NotImplementedError:
                 raise ValueError(
-                    f"{self._path.name}: {tensor.name} is packed as {tensor.tensor_type.name}, which cannot be unpacked; "
+                    f"{self._path.name}: {tensor.name} is packed as {tensor.tensor_type.name}, which is not known; "
                     "take a file in another quantisation, such as Q4_K_M or Q8_0"
                 ) from None
             values = np.array(values).reshape([int(size) for size in reversed(tensor.shape)])

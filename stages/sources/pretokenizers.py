@@ -16,7 +16,8 @@ _LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_TAIL}"
 _QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_TAIL}"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _GPT4O = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _TEKKEN = (
@@ -29,7 +30,7 @@ _GPT2 = "gpt2"  # GPT-2's words, which the tokenizers library has built in
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """A pre-tokenizer by llama.cpp's name: its regular expression, and whether a word that is a token needs no merge."""
+    """A pre-tokenizer by llama.cpp's name: how it splits text; `ignore_merges`: a word that is a token needs none."""
 
     name: str
     pattern: str
@@ -46,7 +47,7 @@ class PreTokenizer:
         return [split, level | {"use_regex": False}]
 
 
-# Two of the same pattern differ in what they do with merges. (`dbrx`: llama.cpp's name for Llama 3's words with merges.)
+# Two of the same pattern differ in what they do with merges: `dbrx` has Llama 3's words, and always merges.
 PRE_TOKENIZERS = (
     PreTokenizer("gpt-2", _GPT2),
     PreTokenizer("smollm", _DIGITS),

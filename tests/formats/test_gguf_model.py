@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import mlx.core as mx
@@ -308,17 +308,21 @@ def test_value_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, folder, r"blk\.0\.ffn_up\.weight: holds a value that is not finite", dtype="f32")
 
 
+def weights_of(folder: Path) -> dict[str, mx.array]:
+    weights = cast(dict[str, mx.array], mx.load(str(folder / "model.safetensors")))
+    mx.eval(weights)  # the file is written anew
+    return weights
+
+
 def change(folder: Path, name: str, value: float) -> None:
-    weights = mx.load(str(folder / "model.safetensors"))
-    mx.eval(weights)
-    weights[name][0, 0] = value
+    weights = weights_of(folder)
+    weights[name][0, 0] = mx.array(value)
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
 
 
 def test_missing_tensor_is_named(tmp_path: Path) -> None:
     folder = write_exportable(tmp_path / "model", "llama")
-    weights = mx.load(str(folder / "model.safetensors"))
-    mx.eval(weights)
+    weights = weights_of(folder)
     del weights["model.layers.1.mlp.up_proj.weight"]
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     refused(tmp_path, folder, r"lacks the tensor blk\.1\.ffn_up\.weight")

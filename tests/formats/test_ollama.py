@@ -94,7 +94,7 @@ def test_modelfile_of_a_chat_model(tmp_path: Path) -> None:
     assert (tmp_path / "Modelfile").read_text(encoding="utf-8") == (
         f'FROM ./model.gguf\n\nTEMPLATE """{made.template}"""\nPARAMETER stop "<|im_end|>"\n'
     )
-    assert '<|im_start|>user\n{{ .Content }}<|im_end|>\n<|im_start|>assistant\n' in made.template
+    assert "<|im_start|>user\n{{ .Content }}<|im_end|>\n<|im_start|>assistant\n" in made.template
 
 
 def test_modelfile_of_a_plain_template_asks_in_its_words(tmp_path: Path) -> None:

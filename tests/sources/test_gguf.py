@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from stages.sources import gguf
+from stages.sources.gguf_architectures import unpermute
 from tests.support.gguf_files import (
     EPSILON,
     F16,
@@ -160,7 +161,7 @@ def test_types_may_be_mixed_in_a_file(tmp_path: Path) -> None:
 @given(heads=st.integers(1, 6), half=st.integers(1, 8), width=st.integers(1, 4))
 def test_unpermute_is_the_inverse_of_llama_cpps_permute(heads: int, half: int, width: int) -> None:
     rows = np.arange(heads * 2 * half * width).reshape(heads * 2 * half, width)
-    np.testing.assert_array_equal(gguf.unpermute(permute(rows, heads=heads), heads=heads), rows)
+    np.testing.assert_array_equal(unpermute(permute(rows, heads=heads), heads=heads), rows)
 
 
 def test_unpermuted_rows_score_alike_under_the_other_rotary_embedding() -> None:
@@ -172,7 +173,7 @@ def test_unpermuted_rows_score_alike_under_the_other_rotary_embedding() -> None:
         result: np.ndarray = np.einsum("qhd,khd->hqk", *turned)
         return result
 
-    original = scores(gguf.unpermute(q, heads=4), gguf.unpermute(k, heads=4), rotate_halves)
+    original = scores(unpermute(q, heads=4), unpermute(k, heads=4), rotate_halves)
     np.testing.assert_allclose(original, scores(q, k, rotate_pairs), rtol=1e-10, atol=1e-10)
 
 

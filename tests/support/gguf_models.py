@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tests.support import gguf_tokenizers
 from tests.support.tiny import write_model
@@ -50,7 +50,7 @@ def _vary_norms(path: Path, *, around: float) -> None:
     """Give the norms weights that differ: of ones, any order is the same."""
     import mlx.core as mx
 
-    weights = mx.load(str(path))
+    weights = cast(dict[str, mx.array], mx.load(str(path)))
     mx.eval(weights)
     for i, name in enumerate(sorted(weights)):
         if name.endswith("norm.weight"):

@@ -61,7 +61,7 @@ def write_sentencepiece(folder: Path, *, prefix: bool, template: str | None = CH
     trained = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     vocabulary = {token: i for i, token in enumerate([*CONTROL, *bytes_, *(token for token, _ in trained)])}
     model = models.BPE(
-        vocab=vocabulary, merges=_all_merges(vocabulary), byte_fallback=True, fuse_unk=True, unk_token="<unk>"
+        vocab=vocabulary, merges=_all_merges(vocabulary), byte_fallback=True, fuse_unk=True, unk_token=CONTROL[0]
     )
     made = Tokenizer(model)
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,10 @@ class LlamaCpp:
         return str(self._post("/apply-template", messages=[{"role": "user", "content": content}])["prompt"])
 
     def _post(self, path: str, **body: Any) -> Any:
-        request = urllib.request.Request(
-            self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310  our own server's address
+        host = self.address.removeprefix("http://")
+        connection = http.client.HTTPConnection(host, timeout=120)
+        connection.request("POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with closing(connection), connection.getresponse() as answer:
             return json.load(answer)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -95,14 +95,16 @@ class Weights:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._files: dict[str, Any] = {}  # by the names of the tensors in them
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         tied = getattr(source.args, "tie_word_embeddings", source.config.get("tie_word_embeddings", True))
         skipped: tuple[str, ...] = _NO_WEIGHTS
         if tied and not has_own_head(source.directory, source.config):
             skipped = (*skipped, "lm_head.")
         for path in sorted(source.directory.glob("model*.safetensors")):
-            file = _open(path)
-            self._files |= {name: file for name in file.keys() if not any(part in name for part in skipped)}  # noqa: SIM118
+            for name, array in _load(path).items():
+                if not any(part in name for part in skipped):
+                    self._files[name], self._shapes[name] = path, tuple(array.shape)
 
     def names(self) -> list[str]:
         """The tensors' names, a packed weight by that of its weight alone."""
@@ -111,7 +113,7 @@ class Weights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, as if it were not packed."""
-        shape = tuple(self._files[name].get_slice(name).get_shape())
+        shape = self._shapes[name]
         if not self._is_packed(name):
             return shape
         return (*shape[:-1], shape[-1] * 32 // self._packing(name)["bits"])
@@ -129,7 +131,7 @@ class Weights:
         return np.array(array.astype(mx.float32))
 
     def _array(self, name: str) -> mx.array:
-        return self._files[name].get_tensor(name)
+        return _load(self._files[name])[name]  # opened anew: what was read of an array stays in it
 
     def _is_packed(self, name: str) -> bool:
         return name.endswith(".weight") and f"{name.removesuffix('.weight')}.scales" in self._files
@@ -145,13 +147,11 @@ class Weights:
         return {"group_size": found["group_size"], "bits": found["bits"], "mode": found.get("mode", "affine")}
 
 
-def _open(path: Path) -> Any:
-    """A safetensors file, from which a tensor is read when it is asked for."""
-    from safetensors import SafetensorError, safe_open
-
+def _load(path: Path) -> dict[str, mx.array]:
+    """The arrays of a file, not read yet."""
     try:
-        return safe_open(path, framework="mlx")
-    except SafetensorError as error:
+        return cast(dict[str, mx.array], mx.load(str(path)))
+    except RuntimeError as error:
         raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}; {_WHOLE_COPY}") from None
 
 

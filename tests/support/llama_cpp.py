@@ -23,29 +23,23 @@ class LlamaCpp:
         """The ids of a text; `special`: control tokens in it count as such; `bos`: with what goes before a text."""
         return list(self._post("/tokenize", content=text, add_special=bos, parse_special=special)["tokens"])
 
-    def generate(self, prompt: list[int], *, tokens: int) -> tuple[list[int], dict[int, np.ndarray]]:
-        """The greedy continuation, and the log-probabilities of all tokens (V,) by its places.
+    def generate(self, prompt: list[int], *, tokens: int) -> tuple[list[int], np.ndarray]:
+        """The greedy continuation, and the log-probabilities of all tokens at each of its places, (tokens, V)."""
+        # Inside of a character the server tells no probabilities. They are those before a bias, which makes it say "a".
+        whole = self.tokens("a")[-1]
+        answer, rows = list[int](), list[list[float]]()
+        for _ in range(tokens):
+            place = self._complete([*prompt, *answer], 1, n_probs=1_000_000, logit_bias=[[whole, 1000.0]])
+            choices = sorted(place["completion_probabilities"][0]["top_logprobs"], key=lambda choice: int(choice["id"]))
+            rows.append([choice["logprob"] for choice in choices])
+            answer.append(int(np.argmax(rows[-1])))
+        said = self._complete(prompt, tokens)["tokens"]
+        assert said == answer[: len(said)]  # the server's own choices, up to an end of the answer
+        return answer, np.array(rows)
 
-        Of a token inside of a character the server gives none.
-        """
-        answer, places = list[int](), {}
-        for place in range(tokens):
-            said = self._post(
-                "/completion",
-                prompt=[*prompt, *answer],
-                n_predict=1,
-                n_probs=1_000_000,
-                temperature=0,
-                cache_prompt=False,
-                return_tokens=True,
-            )
-            if not said["tokens"]:  # the answer has ended
-                break
-            answer += said["tokens"]
-            for found in said.get("completion_probabilities", []):
-                choices = sorted(found["top_logprobs"], key=lambda choice: int(choice["id"]))
-                places[place] = np.array([choice["logprob"] for choice in choices])
-        return answer, places
+    def _complete(self, prompt: list[int], tokens: int, **options: Any) -> Any:
+        fixed = {"temperature": 0, "cache_prompt": False, "return_tokens": True}
+        return self._post("/completion", prompt=prompt, n_predict=tokens, **fixed, **options)
 
     def chat(self, content: str) -> str:
         """The prompt that the server makes of a user's turn by the file's own chat template."""

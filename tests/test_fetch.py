@@ -659,7 +659,11 @@ def test_revision_of_a_directory_is_refused(folder: Path, out: Path) -> None:
     assert "local directory, which has no revisions" in refusal(out, str(folder), revision="main")
 
 
-NOTHING, NO_ID, NO_MODEL = "is neither a directory, nor a Hub id", "model.source: ", "is not a model directory"
+NOTHING, NO_ID, NO_MODEL = (
+    "is neither a directory, nor a .gguf, nor a Hub id",
+    "model.source: ",
+    "is not a model directory",
+)
 
 
 @pytest.mark.parametrize(
@@ -672,7 +676,7 @@ NOTHING, NO_ID, NO_MODEL = "is neither a directory, nor a Hub id", "model.source
         ("~nosuchuser/model", NOTHING),
         ("./nope", NOTHING),
         ("/nope", NOTHING),
-        ("model.gguf", NOTHING),
+        ("model.gguf", "cannot be read as GGUF"),
         ("org/", NO_ID),
         ("/", NO_MODEL),
         ("..", NO_MODEL),

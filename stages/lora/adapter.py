@@ -275,7 +275,7 @@ def scale_of(content: dict[str, Any]) -> float:
 
 def _read_modules(path: Path) -> tuple[list[str], list[int]]:
     """The keys and the layers that a file's tensors belong to."""
-    modules = {name.rpartition(".")[0] for name in _read_weights(path)}
+    modules = {name.rpartition(".")[0] for name in read_weights(path)}
     layers = {int(match[1]) for match in map(IN_LAYER.match, modules) if match}
     return sorted({IN_LAYER.sub("", module) for module in modules}), sorted(layers)
 
@@ -299,7 +299,7 @@ def saved_names(directory: Path) -> list[str]:
     Raises:
         ValueError: the file is missing or no adapter's.
     """
-    return list(_read_weights(directory / WEIGHTS_FILE))
+    return list(read_weights(directory / WEIGHTS_FILE))
 
 
 def read(directory: Path) -> Saved:
@@ -309,7 +309,7 @@ def read(directory: Path) -> Saved:
         ValueError: the files are missing or not of this format.
     """
     config, weights_path = read_config(directory), directory / WEIGHTS_FILE
-    return Saved(config, _read_weights(weights_path), directory / CONFIG_FILE, weights_path)
+    return Saved(config, read_weights(weights_path), directory / CONFIG_FILE, weights_path)
 
 
 def load(model: nn.Module, directory: Path) -> LoraConfig:
@@ -391,7 +391,12 @@ def _shown(value: object) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else f"{value}"
 
 
-def _read_weights(path: Path) -> dict[str, mx.array]:
+def read_weights(path: Path) -> dict[str, mx.array]:
+    """A saved adapter's arrays by name, not read yet.
+
+    Raises:
+        ValueError: the file is missing or no safetensors.
+    """
     if not path.exists():
         raise ValueError(f"{path}: no such file; make it with: python -m stages.train")
     try:

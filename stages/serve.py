@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 from threading import Event, Thread
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -64,6 +64,9 @@ def serve(
         raise ValueError(f"{host}:{port}: {error.strerror}; choose another with --host and --port") from None
     with console.progress("loading the models"):
         _until(provider.ready, asked_to_stop)
+    if isinstance(provider.failure, ValueError | OSError):
+        console.show_error(provider.failure)
+        _leave(1)
     if provider.failure is not None:
         raise provider.failure
     Thread(target=server.serve_forever, daemon=True).start()
@@ -74,7 +77,8 @@ def serve(
     if host not in _LOOPBACK and key is None:
         console.warn(f"{host} can be reached from other machines, without a key: set {KEY_VARIABLE}")
     _until(server.generation.dead, asked_to_stop)
-    raise ValueError("the model no longer answers: see above; start the server again")
+    console.show_error(ValueError("the model no longer answers: see above; start the server again"))
+    _leave(1)
 
 
 def _stop_requests() -> list[int]:
@@ -89,10 +93,15 @@ def _until(event: Event, asked_to_stop: list[int]) -> None:
     """Wait for the event. A request to stop ends the process: 130 after Ctrl-C, 0 after SIGTERM."""
     while not event.wait(_LOOK_SECONDS):
         if asked_to_stop:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            # At once: an answer in the making is given up, and MLX's threads do not end well beside Python's.
-            os._exit(130 if asked_to_stop[0] == signal.SIGINT else 0)
+            _leave(130 if asked_to_stop[0] == signal.SIGINT else 0)
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process at once: an answer in the making is given up."""
+    # MLX still clears up after the generation thread when Python ends, and the two together abort the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _shown(host: str) -> str:

@@ -76,13 +76,18 @@ def run(app: typer.Typer) -> None:
             # An error that every rank meets ends rank 0 as well, and the launcher then ends this process.
             time.sleep(RANK_0_SECONDS)
             err.quiet = False
-        who = f"rank {_rank}: " if _rank else ""
-        for line in _explain(error).splitlines():
-            err.print(f"{who}[bold red]error:[/] {_escape(line)}", soft_wrap=True)
+        show_error(error)
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("interrupted")
         sys.exit(130)
+
+
+def show_error(error: Exception) -> None:
+    """Print an expected failure: one line for each thing wrong."""
+    who = f"rank {_rank}: " if _rank else ""
+    for line in _explain(error).splitlines():
+        err.print(f"{who}[bold red]error:[/] {_escape(line)}", soft_wrap=True)
 
 
 def _explain(error: Exception) -> str:

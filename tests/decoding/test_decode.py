@@ -36,7 +36,7 @@ def stream(model: Any, decoder: Any, prompt: str, **options: Any) -> str:
     return "".join(answer_stream(model, decoder, decoder.encode(prompt), **PLAIN | options))
 
 
-PENALTIES = [
+PENALTIES: list[dict[str, Any]] = [
     {"repetition_penalty": 1.3},
     {"presence_penalty": 1.5},
     {"frequency_penalty": 0.7},
@@ -55,7 +55,7 @@ def test_batch_and_stream_give_the_same_text(model: Any, decoder: Any, options: 
 
 
 @pytest.mark.parametrize("options", PENALTIES, ids=str)
-def test_penalties_are_what_their_definitions_say(model: Any, decoder: Any, options: dict[str, float]) -> None:
+def test_penalties_are_what_their_definitions_say(model: Any, decoder: Any, options: dict[str, Any]) -> None:
     tokens = decoder.encode("abcabc")
     start = len(tokens)
     for _ in range(12):

@@ -103,8 +103,7 @@ def test_dropout_is_for_training(tmp_path: Path, folder: Path, models: Models) -
 def test_an_adapter_comes_off_and_goes_back_on(tmp_path: Path, architecture: str, targets: list[str]) -> None:
     from tests.support.tiny import write_model
 
-    untied = {"tie_word_embeddings": False}
-    model = load_base(write_model(tmp_path / "base", architecture, **untied))[0]
+    model = load_base(write_model(tmp_path / "base", architecture, tie_word_embeddings=False))[0]
     bare = np.array(model(TOKENS))
     adapter.attach(model, config(keys=_keys(model, targets)), seed=0)
     fill(model)

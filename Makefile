@@ -7,6 +7,9 @@ PEERS := .venv-peers
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# Most tests start processes and wait: a test file to each core. (PARALLEL= runs them one by one.)
+PARALLEL ?= -n auto --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo experiments test test-peers test-browser test-all fault-test bench bench-sweep lint format docs constraints doctor clean
 
@@ -23,10 +26,10 @@ experiments: setup ## Rank the experiments of the last commit, with intervals
 	@python -m stages compare --experiments
 
 test: $(VENV)/.dev lint ## Lint, check types, run the tests
-	@python -m pytest
+	@python -m pytest $(PARALLEL)
 
 test-peers: $(PEERS)/.done ## Run the tests that hold training against PyTorch and PEFT
-	@$(PEERS)/bin/python -m pytest -m peers
+	@$(PEERS)/bin/python -m pytest -m peers $(PARALLEL)
 
 test-browser: $(VENV)/.dev ## Look at the report in headless Chromium
 	@python -m pytest -m browser

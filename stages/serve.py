@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from stages.cli import console
+from stages.cli import asking, console
 from stages.params.loading import load_params
 
 KEY_VARIABLE = "LORABUILD_API_KEY"
@@ -24,17 +24,9 @@ _LOOK_SECONDS = 0.1
 
 def serve(
     merged: Annotated[Path, typer.Argument(help="The model directory that merge wrote.")] = Path("artifacts/merged"),
-    base: Annotated[bool, typer.Option("--base", help="Serve the base model instead.")] = False,
-    adapters: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter",
-            metavar="[NAME=]DIR",
-            help="Serve the base model and this adapter instead, each by its name; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
     manifest: Annotated[Path, typer.Option(help="The base model's manifest.")] = Path("artifacts/base.json"),
+    adapters: asking.Adapters = None,
+    base: asking.Base = False,
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: every one of this machine.")] = (
         "127.0.0.1"
     ),

@@ -79,3 +79,19 @@ def model(tiny_llama: Path) -> Any:
     from stages.model.load import load_base
 
     return load_base(tiny_llama, dtype="float32")[0]
+
+
+@pytest.fixture(scope="module")
+def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models that answer (see tests/support/serving.py), one for all tests of a module."""
+    from tests.support.serving import write_models
+
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def in_models_folder(models_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, as the working directory."""
+    monkeypatch.chdir(models_folder)
+    monkeypatch.setenv("LORABUILD_STORE", str(models_folder / "store"))
+    return models_folder

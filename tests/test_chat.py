@@ -18,27 +18,13 @@ from typing import Any
 import pytest
 
 from stages.chat import chat
-from tests.support.serving import environment, run, write_models
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def folder(models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder with the models, as the working directory."""
-    monkeypatch.chdir(models)
-    monkeypatch.setenv("LORABUILD_STORE", str(models / "store"))
-    return models
-
+from tests.support.serving import environment, run
 
 Chatted = Callable[..., Any]
 
 
 @pytest.fixture
-def chatted(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Chatted:
+def chatted(in_models_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Chatted:
     """What is printed, `out` and `err`, when these lines come from a pipe."""
 
     def talk(*lines: str, **choice: Any) -> Any:
@@ -50,13 +36,13 @@ def chatted(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     return talk
 
 
-def test_each_line_of_a_pipe_is_answered_and_nothing_else_is_printed(folder: Path) -> None:
+def test_each_line_of_a_pipe_is_answered_and_nothing_else_is_printed(in_models_folder: Path) -> None:
     options = ("--set", "generate.max_tokens=10", "--set", "generate.presence_penalty=2")
-    done = run(folder, "chat", "merged", *options, typed="one\n\ntwo\none\n")
+    done = run(in_models_folder, "chat", "merged", *options, typed="one\n\ntwo\none\n")
     first, _, third = done.stdout.splitlines()
     assert done.stderr == "" and "\x1b" not in done.stdout
     assert first != third  # it remembers
-    assert run(folder, "generate", "merged", *options, "--prompt", "one").stdout.strip() == first
+    assert run(in_models_folder, "generate", "merged", *options, "--prompt", "one").stdout.strip() == first
 
 
 def test_a_cleared_conversation_starts_anew(chatted: Chatted) -> None:
@@ -127,9 +113,9 @@ def until(ours: int, wanted: str, key: bytes = b"", seconds: float = 60) -> str:
     return shown
 
 
-def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(folder: Path) -> None:
+def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(in_models_folder: Path) -> None:
     arguments = ("merged", "--set", "generate.max_tokens=480", "--set", "generate.presence_penalty=2")
-    with terminal(folder, *arguments) as (process, ours):
+    with terminal(in_models_folder, *arguments) as (process, ours):
         assert "merged answers; /help" in until(ours, "> ")
         os.write(ours, b"q\n")
         until(ours, "q\r\n")
@@ -140,8 +126,11 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(folder: Path) ->
         assert process.wait(timeout=20) == 0
 
 
-def test_by_a_template_it_says_that_questions_stand_alone(folder: Path) -> None:
-    with terminal(folder, "merged", "--set", 'prepare.template="Q: {question} A: {answer}"') as (process, ours):
+def test_by_a_template_it_says_that_questions_stand_alone(in_models_folder: Path) -> None:
+    with terminal(in_models_folder, "merged", "--set", 'prepare.template="Q: {question} A: {answer}"') as (
+        process,
+        ours,
+    ):
         assert "each question is asked alone" in until(ours, "> ")
         os.write(ours, b"/quit\n")
         assert process.wait(timeout=20) == 0

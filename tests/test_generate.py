@@ -11,27 +11,13 @@ from typing import Any
 import pytest
 
 from stages.generate import generate
-from tests.support.serving import run, write_models
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def folder(models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder with the models, as the working directory."""
-    monkeypatch.chdir(models)
-    monkeypatch.setenv("LORABUILD_STORE", str(models / "store"))
-    return models
-
+from tests.support.serving import run
 
 Said = Callable[..., str]
 
 
 @pytest.fixture
-def said(folder: Path, capsys: pytest.CaptureFixture[str]) -> Said:
+def said(in_models_folder: Path, capsys: pytest.CaptureFixture[str]) -> Said:
     """What is printed when a prompt is answered."""
 
     def answer(**options: Any) -> str:
@@ -42,21 +28,21 @@ def said(folder: Path, capsys: pytest.CaptureFixture[str]) -> Said:
     return answer
 
 
-def test_the_prompt_may_come_from_standard_input(folder: Path, said: Said) -> None:
+def test_the_prompt_may_come_from_standard_input(in_models_folder: Path, said: Said) -> None:
     plain = said()
     assert plain.strip()
     arguments = ("generate", "merged", "--prompt", "-", "--max-tokens", "16")
     for typed in ("what is it?", "what is it?\n"):
-        assert run(folder, *arguments, typed=typed).stdout == plain
-    done = run(folder, *arguments, check=False)
+        assert run(in_models_folder, *arguments, typed=typed).stdout == plain
+    done = run(in_models_folder, *arguments, check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: standard input is empty")
 
 
-def test_base_and_adapters_answer_in_turn(folder: Path, said: Said) -> None:
+def test_base_and_adapters_answer_in_turn(in_models_folder: Path, said: Said) -> None:
     alone = [said(**choice) for choice in ({"base": True}, {"adapters": ["one"]}, {"adapters": ["two"]})]
     assert len(set(alone)) == 3
     arguments = ("generate", "--prompt", "what is it?", "--max-tokens", "16")
-    done = run(folder, *arguments, "--base", "--adapter", "one", "--adapter", "zwei=two")
+    done = run(in_models_folder, *arguments, "--base", "--adapter", "one", "--adapter", "zwei=two")
     assert done.stdout == "".join(alone)
     assert re.findall(r"^(\w+) \(switched in [\d.]+ ms\)$", done.stderr, re.MULTILINE) == ["base", "one", "zwei"]
 
@@ -115,7 +101,7 @@ def test_what_makes_no_sense_is_one_line(said: Said, options: dict[str, Any], li
     assert str(error.value).startswith(line) and "\n" not in str(error.value)
 
 
-def test_prompts_of_a_file_are_written_as_the_parameters_say(folder: Path, said: Said) -> None:
+def test_prompts_of_a_file_are_written_as_the_parameters_say(in_models_folder: Path, said: Said) -> None:
     rows = [
         {"prompt": "what is it?"},
         {"question": "what is it?"},

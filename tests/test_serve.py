@@ -17,20 +17,15 @@ from typing import Any
 import openai
 import pytest
 
-from tests.support.serving import environment, served, write_models
+from tests.support.serving import environment, served
 
 QUESTION: Any = [{"role": "user", "content": "what is it?"}]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
+def address(models_folder: Path) -> Iterator[str]:
     """A server of the base model and two adapters, for all tests of this module: none may hurt it."""
-    with served(folder, "--adapter", "one", "--adapter", "two") as (address, process):
+    with served(models_folder, "--adapter", "one", "--adapter", "two") as (address, process):
         yield address
         assert process.poll() is None
 
@@ -65,11 +60,11 @@ def test_the_models_are_those_that_are_configured(client: openai.OpenAI) -> None
     assert {name: text(client, name, max_tokens=12) for name in answers} == answers
 
 
-def test_an_answer_is_the_one_that_generate_gives(folder: Path, client: openai.OpenAI) -> None:
+def test_an_answer_is_the_one_that_generate_gives(models_folder: Path, client: openai.OpenAI) -> None:
     from tests.support.serving import run
 
     for name, choice in (("base", ["--base"]), ("two", ["--adapter", "two"])):
-        said = run(folder, "generate", "--prompt", "what is it?", "--max-tokens", "12", *choice).stdout
+        said = run(models_folder, "generate", "--prompt", "what is it?", "--max-tokens", "12", *choice).stdout
         assert text(client, name, max_tokens=12).strip() == said.strip() != ""
 
 
@@ -144,8 +139,8 @@ def test_control_tokens_of_a_user_are_text(client: openai.OpenAI) -> None:
         "../one",
         "./one",
         "/etc",
-        "{folder}/one",
-        "{folder}/base",
+        "{models_folder}/one",
+        "{models_folder}/base",
         "org/model",
         "default_model",
         "",
@@ -153,8 +148,8 @@ def test_control_tokens_of_a_user_are_text(client: openai.OpenAI) -> None:
         "one\0",
     ],
 )
-def test_no_other_name_is_opened(folder: Path, address: str, name: str) -> None:
-    body = {"messages": QUESTION, "model": name.format(folder=folder)}
+def test_no_other_name_is_opened(models_folder: Path, address: str, name: str) -> None:
+    body = {"messages": QUESTION, "model": name.format(models_folder=models_folder)}
     for path, content in (("chat/completions", body), ("completions", {"model": body["model"], "prompt": "x"})):
         status, answer = post(address, content, path)
         assert (status, answer["error"]["code"]) == (404, "model_not_found")
@@ -259,8 +254,8 @@ def test_clients_that_leave_do_not_hurt_the_others(address: str, client: openai.
     assert time.monotonic() - began < 10
 
 
-def test_a_key_is_asked_for_when_there_is_one(folder: Path) -> None:
-    with served(folder, "merged", LORABUILD_API_KEY="sésame") as (address, _):
+def test_a_key_is_asked_for_when_there_is_one(models_folder: Path) -> None:
+    with served(models_folder, "merged", LORABUILD_API_KEY="sésame") as (address, _):
         body = {"messages": QUESTION}
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"}):
             assert post(address, body, **header)[0] == 401
@@ -270,8 +265,8 @@ def test_a_key_is_asked_for_when_there_is_one(folder: Path) -> None:
             openai.OpenAI(base_url=address, api_key="no").models.list()
 
 
-def test_the_merged_model_is_served_by_default_on_loopback_alone(folder: Path) -> None:
-    with served(folder, "merged") as (address, _):
+def test_the_merged_model_is_served_by_default_on_loopback_alone(models_folder: Path) -> None:
+    with served(models_folder, "merged") as (address, _):
         assert address.startswith("http://127.0.0.1:")
         client = openai.OpenAI(base_url=address, api_key="none")
         assert [model.id for model in client.models.list()] == ["merged"]
@@ -279,8 +274,8 @@ def test_the_merged_model_is_served_by_default_on_loopback_alone(folder: Path) -
         assert (status, answer["model"]) == (200, "merged")
 
 
-def test_by_a_template_the_last_question_is_asked(folder: Path) -> None:
-    with served(folder, "merged", "--set", 'prepare.template="Q: {question} A: {answer}"') as (address, process):
+def test_by_a_template_the_last_question_is_asked(models_folder: Path) -> None:
+    with served(models_folder, "merged", "--set", 'prepare.template="Q: {question} A: {answer}"') as (address, process):
         assert process.stdout and "the last question alone" in process.stdout.readline()
         answers = [
             post(address, {"messages": [*before, {"role": "user", "content": "q"}]})[1]["choices"][0]["message"]
@@ -291,8 +286,8 @@ def test_by_a_template_the_last_question_is_asked(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_it_stops_within_a_second_even_while_it_answers(folder: Path, kind: signal.Signals, status: int) -> None:
-    with served(folder, "merged") as (address, process):
+def test_it_stops_within_a_second_even_while_it_answers(models_folder: Path, kind: signal.Signals, status: int) -> None:
+    with served(models_folder, "merged") as (address, process):
         client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
         pieces = iter(chat(client, "merged", max_tokens=400, stream=True))
         next(pieces)
@@ -303,7 +298,7 @@ def test_it_stops_within_a_second_even_while_it_answers(folder: Path, kind: sign
         assert process.stderr and process.stderr.read() == ""
 
 
-def test_what_cannot_be_served_is_one_line(folder: Path) -> None:
+def test_what_cannot_be_served_is_one_line(models_folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for arguments, line in (
@@ -313,7 +308,7 @@ def test_what_cannot_be_served_is_one_line(folder: Path) -> None:
         ):
             done = subprocess.run(
                 ["python", "-m", "stages", "serve", "--port", "0", *arguments],
-                cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=60,
+                cwd=models_folder, env=environment(models_folder), capture_output=True, text=True, timeout=60,
             )  # fmt: skip
             assert done.returncode == 1
             assert done.stderr.startswith(line) and len(done.stderr.splitlines()) == 1

@@ -23,7 +23,6 @@ class Base:
     manifest: Manifest | None = None
     directory: Path | None = None
     model: nn.Module | None = None
-    trust_remote_code: bool = False
 
     @property
     def hub_id(self) -> str | None:
@@ -41,9 +40,11 @@ class Base:
 
     def check(self, saved: Saved) -> None:
         """Raise ValueError if an adapter does not fit the base, where it is there."""
-        if self.directory is not None:
-            model, _ = load_base(self.directory, trust_remote_code=self.trust_remote_code)
-            adapter.put(model, saved)
+        if self.model is not None:
+            try:
+                adapter.put(self.model, saved)
+            finally:
+                adapter.take_off(self.model)
 
 
 def open_base(manifest: Manifest | None, *, trust_remote_code: bool = False) -> Base:
@@ -56,4 +57,4 @@ def open_base(manifest: Manifest | None, *, trust_remote_code: bool = False) -> 
         return Base(manifest)
     directory = locate(manifest)
     model, _ = load_base(directory, trust_remote_code=trust_remote_code)
-    return Base(manifest, directory, model, trust_remote_code)
+    return Base(manifest, directory, model)

@@ -1,7 +1,4 @@
-"""The table of formats, and an adapter written in one of them and proven.
-
-A format is a function that writes and one that reads back: add a line to `FORMATS`.
-"""
+"""The table of formats, and an adapter written in one of them and proven."""
 
 from __future__ import annotations
 
@@ -16,17 +13,12 @@ from stages.formats.proof import Proof, compare
 from stages.lora.adapter import Saved
 
 
-def _read(directory: Path, base: Base) -> Saved:
-    return find.read(directory, model=base.model)
-
-
 @dataclass(frozen=True)
 class Format:
-    """How an adapter is written, the files that this makes, and how they are read back."""
+    """How an adapter is written, and the files that this makes."""
 
     write: Callable[[Path, Saved, Base], None]
     files: tuple[str, ...]
-    read: Callable[[Path, Base], Saved] = _read
 
 
 FORMATS = {
@@ -43,4 +35,4 @@ def export(saved: Saved, directory: Path, to: str, base: Base) -> Proof:
         ValueError: the format has no exact form for it, or what is read back is another adapter.
     """
     FORMATS[to].write(directory, saved, base)
-    return compare(saved, FORMATS[to].read(directory, base))
+    return compare(saved, find.read(directory, model=base.model))

@@ -14,11 +14,9 @@ from typing import Any
 from stages.files.outputs import read_json
 from stages.formats.gguf_source import refusal
 from stages.formats.turns import end_of_turn
+from stages.sources.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, WITHOUT_STRIP
 from stages.sources.pretokenizers import by_steps
 from stages.templating.tokenizer import TextTokenizer, load_tokenizer
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-_WITHOUT_STRIP = {"<unk>", "<s>", "<|endoftext|>"}  # llama.cpp takes no white space away behind these of Phi-3
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ def _strips_right(added: dict[int, Any]) -> bool:
     special = {token["content"] for token in added.values() if token["special"]}
     if any(token["lstrip"] or token["single_word"] for token in added.values()):
         raise ValueError("an added token with lstrip or single_word has no proven form")
-    if right and right | _WITHOUT_STRIP != special | _WITHOUT_STRIP | ({"</s>"} & right):
+    if right and right | WITHOUT_STRIP != special | WITHOUT_STRIP | ({"</s>"} & right):
         raise ValueError("added tokens with rstrip, other than Phi-3's, have no proven form")
     return bool(right)
 

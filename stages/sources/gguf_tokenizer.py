@@ -12,8 +12,8 @@ from typing import Any
 from stages.sources.gguf_reader import GgufFile
 from stages.sources.pretokenizers import PreTokenizer, by_name
 
-CONTROL, USER_DEFINED = 3, 4  # LLAMA_TOKEN_TYPE_*
-_WITHOUT_STRIP = {"<unk>", "<s>", "<|endoftext|>"}  # of a Phi-3's control tokens
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # LLAMA_TOKEN_TYPE_*
+WITHOUT_STRIP = {"<unk>", "<s>", "<|endoftext|>"}  # control tokens of Phi-3 that leave white space behind them
 
 
 def write_tokenizer(file: GgufFile, out: Path) -> None:
@@ -39,7 +39,7 @@ def write_tokenizer(file: GgufFile, out: Path) -> None:
     strips = "phi-3" in str(file.metadata.get("general.name", "")).lower()
     tokenizer.add_special_tokens(
         [
-            AddedToken(token, special=True, normalized=False, rstrip=strips and token not in _WITHOUT_STRIP)
+            AddedToken(token, special=True, normalized=False, rstrip=strips and token not in WITHOUT_STRIP)
             for token in control
         ]
     )

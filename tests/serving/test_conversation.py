@@ -12,22 +12,16 @@ from stages.params import schema
 from stages.params.loading import load_params
 from stages.serving.conversation import Conversation
 from stages.serving.models import Models, open_models
-from tests.support.serving import write_models
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
-def models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Models:
-    return opened(folder, monkeypatch)
+def models(models_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Models:
+    return opened(models_folder, monkeypatch)
 
 
-def opened(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Models:
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("LORABUILD_STORE", str(folder / "store"))
+def opened(models_folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Models:
+    monkeypatch.chdir(models_folder)
+    monkeypatch.setenv("LORABUILD_STORE", str(models_folder / "store"))
     merged, manifest = Path("merged"), Path("artifacts/base.json")
     return open_models(load_params(overrides=overrides), merged=merged, manifest=manifest, adapters=["one", "two"])
 
@@ -127,8 +121,8 @@ def test_a_cleared_conversation_starts_anew(models: Models) -> None:
         list(talk.ask_again("base"))
 
 
-def test_by_a_template_each_question_is_asked_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = opened(folder, monkeypatch, 'prepare.template="Q: {question} A: {answer}"')
+def test_by_a_template_each_question_is_asked_alone(models_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = opened(models_folder, monkeypatch, 'prepare.template="Q: {question} A: {answer}"')
     talk = Conversation(models, options())
     first = "".join(talk.ask("q"))
     list(talk.ask("something else"))

@@ -14,41 +14,36 @@ from stages.model.load import load_base
 from stages.params.loading import load_params
 from stages.serving.models import Models, adapter_folders, open_models
 from tests.support.adapters import config, fill
-from tests.support.serving import SHAPES, write_models
+from tests.support.serving import SHAPES
 from tests.support.tiny import write_llama
 
 TOKENS = mx.array([[1, 2, 3, 4]])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_models(tmp_path_factory.mktemp("models"))
-
-
 @pytest.fixture
-def models(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Models:
-    return opened(folder, monkeypatch, adapters=["one", "two"])
+def models(models_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Models:
+    return opened(models_folder, monkeypatch, adapters=["one", "two"])
 
 
-def opened(folder: Path, monkeypatch: pytest.MonkeyPatch, **choice: Any) -> Models:
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("LORABUILD_STORE", str(folder / "store"))
+def opened(models_folder: Path, monkeypatch: pytest.MonkeyPatch, **choice: Any) -> Models:
+    monkeypatch.chdir(models_folder)
+    monkeypatch.setenv("LORABUILD_STORE", str(models_folder / "store"))
     return open_models(load_params(), merged=Path("merged"), manifest=Path("artifacts/base.json"), **choice)
 
 
-def loaded(folder: Path, name: str) -> np.ndarray[Any, Any]:
+def loaded(models_folder: Path, name: str) -> np.ndarray[Any, Any]:
     """The logits of a model that was loaded for itself."""
-    model = load_base(folder / ("merged" if name == "merged" else "base"))[0]
+    model = load_base(models_folder / ("merged" if name == "merged" else "base"))[0]
     if name in SHAPES:
-        adapter.load(model, folder / name)
+        adapter.load(model, models_folder / name)
     return np.array(model(TOKENS))
 
 
-def test_each_name_is_the_model_that_it_says(folder: Path, models: Models) -> None:
+def test_each_name_is_the_model_that_it_says(models_folder: Path, models: Models) -> None:
     assert models.names == ("base", "one", "two")
     for name in ("one", "two", "base", "two", "one", "base"):
         models.switch(name)
-        assert np.array_equal(np.array(models.model(TOKENS)), loaded(folder, name)), name
+        assert np.array_equal(np.array(models.model(TOKENS)), loaded(models_folder, name)), name
 
 
 def test_a_switch_loads_nothing(models: Models) -> None:
@@ -65,14 +60,16 @@ def test_a_switch_loads_nothing(models: Models) -> None:
     assert weight() is before
 
 
-def test_alone_it_is_the_merged_model_or_the_base(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alone_it_is_the_merged_model_or_the_base(models_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for choice, name in (({}, "merged"), ({"base": True}, "base")):
-        models = opened(folder, monkeypatch, **choice)
+        models = opened(models_folder, monkeypatch, **choice)
         assert models.names == (name,)
-        assert np.array_equal(np.array(models.model(TOKENS)), loaded(folder, name))
+        assert np.array_equal(np.array(models.model(TOKENS)), loaded(models_folder, name))
 
 
-def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(folder: Path, models: Models, tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(
+    models_folder: Path, models: Models, tmp_path: Path
+) -> None:
     other = load_base(write_llama(tmp_path / "wide", hidden_size=64))[0]
     adapter.attach(other, config(), seed=0)
     adapter.save(tmp_path / "wide_adapter", other, config())
@@ -80,16 +77,16 @@ def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(folder: Path, m
     with pytest.raises(ValueError, match="the model wants"):
         models.add("wide", tmp_path / "wide_adapter")
     assert models.names == ("base", "one", "two")
-    assert np.array_equal(np.array(models.model(TOKENS)), loaded(folder, "one"))
+    assert np.array_equal(np.array(models.model(TOKENS)), loaded(models_folder, "one"))
 
 
-def test_no_adapter_goes_onto_a_merged_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_adapter_goes_onto_a_merged_model(models_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="start with --base"):
-        opened(folder, monkeypatch).add("one", folder / "one")
+        opened(models_folder, monkeypatch).add("one", models_folder / "one")
 
 
-def test_dropout_is_for_training(tmp_path: Path, folder: Path, models: Models) -> None:
-    model = load_base(folder / "base")[0]
+def test_dropout_is_for_training(tmp_path: Path, models_folder: Path, models: Models) -> None:
+    model = load_base(models_folder / "base")[0]
     adapter.attach(model, config(dropout=0.5), seed=0)
     fill(model)
     adapter.save(tmp_path / "dropping", model, config(dropout=0.5))
@@ -133,8 +130,8 @@ def test_names_of_adapters(tmp_path: Path) -> None:
         adapter_folders(["base=a"])
 
 
-def test_a_missing_model_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
+def test_a_missing_model_is_one_line(models_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(models_folder)
     with pytest.raises(ValueError, match="nowhere: no merged model; make it with"):
         open_models(load_params(), merged=Path("nowhere"), manifest=Path("artifacts/base.json"))
     with pytest.raises(ValueError, match="there are: merged"):

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from stages.adapters import find
 from stages.base.manifest import locate, read_manifest
 from stages.decoding.decode import load_decoder
 from stages.lora import adapter
@@ -122,13 +123,13 @@ def adapter_folders(adapters: Sequence[str]) -> dict[str, Path]:
 
 
 def load_layers(model: nn.Module, directory: Path) -> adapter.Layers:
-    """Load an adapter's layers for a bare model, which stays bare.
+    """Load the layers of an adapter, of any format that is read, for a bare model, which stays bare.
 
     Raises:
         ValueError: it does not fit the model.
     """
     try:
-        adapter.load(model, directory)
+        adapter.put(model, find.read(directory, model=model))
         model.eval()  # the new layers as well: no dropout
         mx.eval(adapter.weights(model))
     except BaseException:

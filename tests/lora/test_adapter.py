@@ -17,6 +17,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from stages.decoding.decode import answer_stream, load_decoder
+from stages.decoding.stopping import ended
 from stages.lora import adapter
 from stages.lora.targets import resolve
 from stages.model.load import load_base
@@ -296,7 +297,8 @@ def test_mlx_lm_generates_with_the_adapter_and_fuses_it(
     decoder = load_decoder(tiny_llama, {})
     expected = "".join(answer_stream(model, decoder, decoder.encode("abc"), max_tokens=12, temperature=0.0, seed=0))
     answer = mlx_lm("generate", *base, "--prompt", "abc", "--max-tokens", "12", "--verbose", "False")
-    assert answer.strip() == expected.strip() != ""
+    # mlx-lm prints the half character too on which the token limit fell.
+    assert ended(answer.strip()) == expected.strip() != ""
     mlx_lm("fuse", *base, "--save-path", str(tmp_path / "fused"))
     fused = load_base(tmp_path / "fused")[0]
     tokens = mx.array([[1, 2, 3]])

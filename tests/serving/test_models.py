@@ -9,6 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from stages.formats.base import Base
+from stages.formats.export import export
 from stages.lora import adapter
 from stages.model.load import load_base
 from stages.params.loading import load_params
@@ -44,6 +46,16 @@ def test_each_name_is_the_model_that_it_says(models_folder: Path, models: Models
     for name in ("one", "two", "base", "two", "one", "base"):
         models.switch(name)
         assert np.array_equal(np.array(models.model(TOKENS)), loaded(models_folder, name)), name
+
+
+@pytest.mark.parametrize("to", ["peft", "npz"])
+def test_an_adapter_of_another_format_answers_as_its_own(models_folder: Path, models: Models, to: str) -> None:
+    base = Base(model=load_base(models_folder / "base")[0])
+    out = models_folder / f"one-{to}"
+    export(adapter.read(models_folder / "one"), out, to, base)
+    models.add(to, out / "adapters.npz" if to == "npz" else out)
+    models.switch(to)
+    np.testing.assert_allclose(np.array(models.model(TOKENS)), loaded(models_folder, "one"), atol=1e-5)
 
 
 def test_a_switch_loads_nothing(models: Models) -> None:

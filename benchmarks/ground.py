@@ -145,12 +145,12 @@ def plain(row: TokenRow) -> dict[str, Any]:
 
 def write_start(folder: Path, lora: dict[str, Any]) -> None:
     """The adapter that this project's seed gives, for the others to start from."""
-    from stages.lora import adapter
+    from stages.lora import adapter, lora_config
     from stages.model.load import load_base
 
     model, _ = load_base(folder / "float32", dtype="float32")
     keys = tuple(f"self_attn.{name}" for name in lora["modules"])
-    config = adapter.LoraConfig(lora["rank"], lora["scale"], 0.0, keys, lora["layers"], "lora")
+    config = lora_config.LoraConfig(lora["rank"], lora["scale"], 0.0, keys, lora["layers"], "lora")
     adapter.attach(model, config, seed=SEED)
     adapter.save(folder / "start", model, config)
 

@@ -25,7 +25,7 @@ def losses(model_dir: Path, adapters: Sequence[Path], rows: Sequence[TokenRow]) 
     import mlx.nn as nn
     import numpy as np
 
-    from stages.lora import adapter
+    from stages.lora import adapter, adapter_files
     from stages.lora.batches import collate, sorted_batches
     from stages.model.load import load_base
 
@@ -46,8 +46,8 @@ def losses(model_dir: Path, adapters: Sequence[Path], rows: Sequence[TokenRow]) 
     scores = [score()]
     for number, directory in enumerate(adapters):
         if number == 0:
-            adapter.attach(model, adapter.read_config(directory), seed=0)
-        model.load_weights(str(directory / adapter.WEIGHTS_FILE), strict=False)
+            adapter.attach(model, adapter_files.read_config(directory), seed=0)
+        model.load_weights(str(directory / adapter_files.WEIGHTS_FILE), strict=False)
         scores.append(score())
     return scores
 

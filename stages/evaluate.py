@@ -56,7 +56,7 @@ def evaluate(
 
     Under `mlx.launch` its processes share out the rows; the first of them answers, talks and writes.
     """
-    from stages.lora import adapter
+    from stages.lora import adapter_files
     from stages.results import summary
     from stages.scoring.ranks import join
     from stages.tokens.parquet import read_tokens
@@ -79,7 +79,7 @@ def evaluate(
 
     # Score and answer
     with _adapter_of_rank_0(adapter_dir, ranks) as folder:
-        adapted = tuple(adapter.saved_names(folder))
+        adapted = tuple(adapter_files.saved_names(folder))
         adapter_scores, adapter_rate = _score_adapter(folder, manifest, [*rows, *texts], settings, ranks)
     prompts = tables["answers"]["prompt_ids"].to_pylist() if ranks.rank == 0 else []
     merged_scores, merged_rate, answers = _score_merged(merged_dir, adapted, rows, prompts, settings, ranks)
@@ -143,7 +143,7 @@ def _score_adapter(
     folder: Path, manifest: Manifest, rows: Sequence[TokenRow], settings: schema.Params, ranks: Ranks
 ) -> tuple[list[Score], float]:
     """Each row's score by the base model with the adapter, and the tokens of a second."""
-    from stages.lora import adapter
+    from stages.lora import adapter, adapter_files
     from stages.lora.execution import set_up
     from stages.model.load import load_base
 
@@ -154,7 +154,7 @@ def _score_adapter(
         execution = set_up(
             model,
             rows,
-            adapted=adapter.saved_names(folder),
+            adapted=adapter_files.saved_names(folder),
             options=settings.model,
             base=manifest.identity,
             cache_gb=settings.runtime.cache_gb,
@@ -216,7 +216,7 @@ def _score_merged(
 @contextmanager
 def _adapter_of_rank_0(directory: Path, ranks: Ranks) -> Iterator[Path]:
     """The folder of rank 0's adapter on every rank: on several machines, training left it on the first alone."""
-    from stages.lora.adapter import CONFIG_FILE, WEIGHTS_FILE
+    from stages.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 
     with tempfile.TemporaryDirectory() as scratch:
         for name in (CONFIG_FILE, WEIGHTS_FILE) if ranks.size > 1 else ():

@@ -57,7 +57,7 @@ def merge(
 
 def _parts(adapter_dir: Path, options: schema.Merge, manifest: Manifest) -> list[Part]:
     """The adapters to merge, all of this base."""
-    from stages.lora.adapter import check_base
+    from stages.lora.adapter_files import check_base
     from stages.merging.combine import Part
 
     parts = [Part(Path(part.path), part.weight) for part in options.adapters or ()] or [Part(adapter_dir)]

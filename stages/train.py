@@ -19,8 +19,8 @@ from stages.params import schema
 from stages.params.loading import load_params
 
 if TYPE_CHECKING:
-    from stages.lora.adapter import LoraConfig
     from stages.lora.execution import Execution
+    from stages.lora.lora_config import LoraConfig
     from stages.training.checkpoint import Checkpoints
     from stages.training.loop import Trainer
     from stages.training.progress import Event
@@ -121,13 +121,13 @@ def train(
 def _adapted_model(settings: schema.Params, manifest: Manifest) -> tuple[Any, LoraConfig]:
     """The base model with its adapter, fresh or taken from `train.init_adapter`, and the adapter's config."""
     from stages.adapters import find
-    from stages.lora import adapter
+    from stages.lora import adapter, lora_config
     from stages.model.load import load_base
 
     directory = locate(manifest)
     with console.progress("loading the base model"):
         model, _ = load_base(directory, dtype=settings.model.dtype, trust_remote_code=settings.model.trust_remote_code)
-    config = adapter.configure(model, settings.lora)
+    config = lora_config.configure(model, settings.lora)
     if settings.train.init_adapter is None:
         adapter.attach(model, config, seed=settings.seed)
     else:

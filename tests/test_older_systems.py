@@ -18,7 +18,7 @@ from stages.baseline import baseline
 from stages.evaluate import evaluate
 from stages.fetch import fetch
 from stages.generate import generate
-from stages.lora import adapter
+from stages.lora import adapter, adapter_files
 from stages.merge import merge
 from stages.model.load import load_base
 from stages.params.loading import load_params
@@ -80,7 +80,7 @@ def test_the_parameters_of_the_pages_run_through_all_stages(
     set_up(project, page, write_model(tmp_path / "base", architecture, **options), **lora)
     for stage in (fetch, prepare, tokenize, baseline, train, merge, evaluate, generate):
         stage()
-    names = {name.rpartition(".")[0] for name in adapter.saved_names(Path("artifacts/adapter"))}
+    names = {name.rpartition(".")[0] for name in adapter_files.saved_names(Path("artifacts/adapter"))}
     layers = {int(name.split(".")[2]) for name in names}
     assert {re.sub(r".*layers\.\d+\.", "", name) for name in names} == adapted
     assert len(layers) == load_params(Path("params.yaml")).lora.layers

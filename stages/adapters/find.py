@@ -8,13 +8,13 @@ import mlx.nn as nn
 
 from stages.adapters import npz, peft
 from stages.files.hashes import digest_of, sha256
-from stages.lora import adapter
-from stages.lora.adapter import Saved
+from stages.lora import adapter_files
+from stages.lora.adapter_files import Saved
 
 # The files of each format, in a folder; an .npz file is named itself.
 _FILES = {
     "peft": (peft.WEIGHTS_FILE, peft.CONFIG_FILE),
-    "mlx": (adapter.WEIGHTS_FILE, adapter.CONFIG_FILE),
+    "mlx": (adapter_files.WEIGHTS_FILE, adapter_files.CONFIG_FILE),
     "npz": ("adapters.npz",),
 }
 
@@ -48,7 +48,7 @@ def read(path: Path, *, model: nn.Module | None = None) -> Saved:
     """
     kind = kind_of(path)
     if kind == "mlx":
-        return adapter.read(path)
+        return adapter_files.read(path)
     return peft.read(path, model=model) if kind == "peft" else npz.read(_files(path)[0], model=model)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from stages.adapters.parts import Part, check, join
 from stages.files.outputs import read_json
-from stages.lora.adapter import CONFIG_FILE, Saved, scale_of
+from stages.lora.adapter_files import CONFIG_FILE, Saved, scale_of
 
 SCALE = 20.0
 _HINT = "an archive of lora_a and lora_b matrices is wanted, as numpy.savez writes it"

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from stages.lora.adapter import IN_LAYER, LoraConfig, Saved
+from stages.lora.adapter_files import Saved
+from stages.lora.lora_config import LoraConfig
+from stages.lora.targets import IN_LAYER
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,7 +20,8 @@ import mlx.nn as nn
 from stages.adapters.heads import HEAD, tied_head
 from stages.adapters.parts import Part, check, join
 from stages.files.outputs import read_json
-from stages.lora.adapter import Saved
+from stages.lora.adapter_files import Saved
+from stages.model.arrays import read_arrays
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -111,16 +112,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path) -> dict[str, mx.array]:
-    if not path.exists():
-        if path.with_suffix(".bin").exists():
-            raise ValueError(
-                f"{path.with_suffix('.bin')}: pickled, which may run code when read; {_HINT} (safetensors)"
-            )
-        raise ValueError(f"{path}: no such file; {_HINT}")
-    try:
-        tensors = cast(dict[str, mx.array], mx.load(str(path)))
-    except RuntimeError as error:
-        raise ValueError(f"{path}: not readable as safetensors ({' '.join(str(error).split())}); {_HINT}") from None
+    if not path.exists() and path.with_suffix(".bin").exists():
+        raise ValueError(f"{path.with_suffix('.bin')}: pickled, which may run code when read; {_HINT} (safetensors)")
+    tensors = read_arrays(path, _HINT)
     if not tensors:
         raise ValueError(f"{path}: empty; {_HINT}")
     return tensors

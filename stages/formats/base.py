@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from stages.base.manifest import Manifest, locate
 from stages.base.records import read_records
 from stages.lora import adapter
-from stages.lora.adapter import Saved
+from stages.lora.adapter_files import Saved
+from stages.model.arrays import read_arrays
 from stages.model.load import load_base
 
 
@@ -36,7 +35,7 @@ class Base:
         if self.directory is None:
             return set()
         files = sorted(self.directory.glob("model*.safetensors"))
-        return {name for path in files for name in cast(dict[str, mx.array], mx.load(str(path)))}
+        return {name for path in files for name in read_arrays(path, "fetch the base anew: python -m stages.fetch")}
 
     def check(self, saved: Saved) -> None:
         """Raise ValueError if an adapter does not fit the base, where it is there."""

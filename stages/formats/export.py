@@ -10,7 +10,7 @@ from stages.adapters import find
 from stages.formats import mlx, npz, peft
 from stages.formats.base import Base
 from stages.formats.proof import Proof, compare
-from stages.lora.adapter import Saved
+from stages.lora.adapter_files import Saved
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from stages.formats import gguf_file
 from stages.formats.gguf_file import Tensor
 from stages.formats.gguf_model import Summary
 from stages.formats.gguf_source import Source, Weights, open_source
-from stages.lora import adapter
+from stages.lora import adapter_files
 
 _MERGE = "merge it and export the merged model"
 
@@ -32,11 +32,11 @@ def export_adapter(adapter_dir: Path, base_dir: Path, out_file: Path) -> Summary
         ValueError: the adapter is DoRA, adapts a module that llama.cpp puts no adapter on, or is no adapter of this
             base; or the file does not read back as what was written. Nothing is left then.
     """
-    config = adapter.read_config(adapter_dir)
+    config = adapter_files.read_config(adapter_dir)
     if config.type != "lora":
         raise ValueError(f"{adapter_dir}: llama.cpp has no form for {config.type}; {_MERGE}")
     source = open_source(base_dir)
-    weights = adapter.read_weights(adapter_dir / adapter.WEIGHTS_FILE)
+    weights = adapter_files.read_weights(adapter_dir / adapter_files.WEIGHTS_FILE)
     arrays = {name: np.array(array).astype(np.float32) for name, array in weights.items()}
     modules = sorted({name.rpartition(".")[0] for name in arrays})
     base = Weights(source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from stages.base.manifest import check_complete
 from stages.files.outputs import read_json
 from stages.model import phi3
+from stages.model.arrays import read_arrays
 from stages.model.load import has_own_head
 from stages.sources.gguf_architectures import ARCHITECTURES, Architecture
 
@@ -102,7 +103,7 @@ class Weights:
         if tied and not has_own_head(source.directory, source.config):
             skipped = (*skipped, "lm_head.")
         for path in sorted(source.directory.glob("model*.safetensors")):
-            for name, array in _load(path).items():
+            for name, array in read_arrays(path, _WHOLE_COPY).items():
                 if not any(part in name for part in skipped):
                     self._files[name], self._shapes[name] = path, tuple(array.shape)
 
@@ -131,7 +132,7 @@ class Weights:
         return np.array(array.astype(mx.float32))
 
     def _array(self, name: str) -> mx.array:
-        return _load(self._files[name])[name]  # opened anew: what was read of an array stays in it
+        return read_arrays(self._files[name], _WHOLE_COPY)[name]  # opened anew: what was read of an array stays in it
 
     def _is_packed(self, name: str) -> bool:
         return name.endswith(".weight") and f"{name.removesuffix('.weight')}.scales" in self._files
@@ -145,14 +146,6 @@ class Weights:
         if "bits" not in found or "group_size" not in found:
             raise ValueError(f"{self._source.directory / 'config.json'}: says not how {name} is packed; {_WHOLE_COPY}")
         return {"group_size": found["group_size"], "bits": found["bits"], "mode": found.get("mode", "affine")}
-
-
-def _load(path: Path) -> dict[str, mx.array]:
-    """The arrays of a file, not read yet."""
-    try:
-        return cast(dict[str, mx.array], mx.load(str(path)))
-    except RuntimeError as error:
-        raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}; {_WHOLE_COPY}") from None
 
 
 def _is_packing(name: str) -> bool:

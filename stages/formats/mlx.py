@@ -6,8 +6,8 @@ from pathlib import Path
 
 from stages.adapters.parts import split
 from stages.formats.base import Base
-from stages.lora import adapter
-from stages.lora.adapter import Saved
+from stages.lora import adapter_files
+from stages.lora.adapter_files import Saved
 
 
 def write(directory: Path, saved: Saved, base: Base) -> None:
@@ -17,4 +17,4 @@ def write(directory: Path, saved: Saved, base: Base) -> None:
         ValueError: the adapter's tensors do not fit one another.
     """
     split(saved)
-    adapter.write(directory, saved.arrays, saved.config)
+    adapter_files.write(directory, saved.arrays, saved.config)

@@ -12,7 +12,7 @@ import numpy as np
 from stages.adapters.npz import SCALE
 from stages.adapters.parts import split
 from stages.formats.base import Base
-from stages.lora.adapter import Saved
+from stages.lora.adapter_files import Saved
 
 FILE = "adapters.npz"
 

@@ -18,7 +18,7 @@ from stages.adapters.parts import Part, split
 from stages.adapters.peft import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from stages.files.outputs import write_json
 from stages.formats.base import Base
-from stages.lora.adapter import Saved
+from stages.lora.adapter_files import Saved
 from stages.lora.arrays import write_arrays
 from stages.lora.targets import outside_layers
 from stages.model.kinds import EMBEDDING

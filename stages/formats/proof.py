@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from stages.adapters.parts import Part, split
-from stages.lora.adapter import Saved
+from stages.lora.adapter_files import Saved
 
 # A factor moved into B rounds it once, and once more when it is read: 2⁻²⁴ each, of |A| |B| at most.
 _ROUNDING = 2.0**-22

@@ -1,4 +1,4 @@
-"""The adapter: put onto a model, saved and loaded in mlx-lm's format.
+"""The adapter on a model: put on, filled from files, taken off.
 
 Sources: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685); Kalajdzievski, "A Rank
 Stabilization Scaling Factor for Fine-Tuning with LoRA" (arXiv 2312.03732); Liu et al., "DoRA: Weight-Decomposed
@@ -9,13 +9,10 @@ norm `m`.
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,67 +22,14 @@ from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlx_lm.utils import get_total_parameters
 
-from stages.files.outputs import read_json
-from stages.lora.arrays import write_arrays
-from stages.lora.targets import chosen, layer_indices, resolve, routers
+from stages.lora import adapter_files
+from stages.lora.adapter_files import Saved
+from stages.lora.lora_config import LoraConfig, configure, modules_of
+from stages.lora.targets import IN_LAYER, layer_indices, routers
 from stages.model.kinds import LINEAR, SWITCH
 from stages.params import schema
 
-WEIGHTS_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 Layers = list[tuple[str, nn.Module]]  # an adapter's layers, each with the name of the module that it adapts
-IN_LAYER = re.compile(r"^.*?\blayers\.(\d+)\.")  # what stands before a module's path inside of its layer
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """The shape of an adapter.
-
-    `keys` are module paths inside a layer (`self_attn.q_proj`) and full names of modules (`lm_head`); `layers` the last
-    N, or a tuple of indices. An adapter whose layers do not all have the same modules names each in full.
-    """
-
-    rank: int
-    scale: float
-    dropout: float
-    keys: tuple[str, ...]
-    layers: int | tuple[int, ...]
-    type: str  # "lora" or "dora"
-
-
-@dataclass(frozen=True)
-class Saved:
-    """An adapter that was read from files: its shape, its arrays by name, and the files, which messages name."""
-
-    config: LoraConfig
-    arrays: dict[str, mx.array]
-    config_path: Path
-    weights_path: Path
-
-
-def scaling(options: schema.Lora) -> float:
-    """The factor on the adapter's output: `scale` itself, or alpha over the rank or over its square root."""
-    if options.alpha is None:
-        return cast(float, options.scale)
-    return options.alpha / (math.sqrt(options.rank) if options.rank_stabilized else options.rank)
-
-
-def configure(model: nn.Module, options: schema.Lora) -> LoraConfig:
-    """The `lora` section of the parameters, made definite for this model.
-
-    Raises:
-        ValueError: the model lacks such layers or modules.
-    """
-    count = len(model.layers)
-    indices = layer_indices(count, options.layers)
-    is_tail = indices == tuple(range(count - len(indices), count))
-    return LoraConfig(
-        rank=options.rank,
-        scale=scaling(options),
-        dropout=options.dropout,
-        keys=resolve(model, options.targets, layers=indices),
-        layers=len(indices) if is_tail else indices,
-        type=options.type,
-    )
 
 
 def module_names(model: nn.Module, options: schema.Lora) -> list[str]:
@@ -94,15 +38,7 @@ def module_names(model: nn.Module, options: schema.Lora) -> list[str]:
     Raises:
         ValueError: the model lacks such layers or modules.
     """
-    return _names(model, configure(model, options))
-
-
-def _names(model: nn.Module, config: LoraConfig) -> list[str]:
-    return [name for name, _ in _modules(model, config)]
-
-
-def _modules(model: nn.Module, config: LoraConfig) -> list[tuple[str, nn.Module]]:
-    return chosen(model, config.keys, layers=layer_indices(len(model.layers), config.layers))
+    return [name for name, _ in modules_of(model, configure(model, options))]
 
 
 def attach(model: nn.Module, config: LoraConfig, *, seed: int) -> list[str]:
@@ -113,7 +49,7 @@ def attach(model: nn.Module, config: LoraConfig, *, seed: int) -> list[str]:
     Raises:
         ValueError: a module is missing, narrower than the rank, or of a kind that `config.type` has no form for.
     """
-    found = _modules(model, config)
+    found = modules_of(model, config)
     if config.type == "dora":
         _refuse_dora(found)
     # A gate is as wide as there are experts: one rank serves it and its wider neighbours.
@@ -198,118 +134,7 @@ def save(directory: Path, model: nn.Module, config: LoraConfig, *, base: str | N
 
     The same weights give the same bytes.
     """
-    write(directory, weights(model), config, base=base)
-
-
-def write(directory: Path, arrays: Mapping[str, mx.array], config: LoraConfig, *, base: str | None = None) -> None:
-    """Write an adapter's arrays, sorted by name, and its shape."""
-    directory.mkdir(parents=True, exist_ok=True)
-    arrays = {name: array.astype(mx.float32) for name, array in arrays.items()}
-    write_arrays(directory / WEIGHTS_FILE, arrays)
-    keys, count = config.keys, config.layers
-    if isinstance(config.layers, tuple):
-        # mlx-lm knows the last N layers alone, but takes a module's full name too: name each.
-        keys = tuple(dict.fromkeys(name.rpartition(".")[0] for name in arrays))
-        count = len(config.layers)
-    content = {
-        "fine_tune_type": config.type,
-        "num_layers": count,
-        "lora_parameters": {
-            "rank": config.rank,
-            "scale": config.scale,
-            "dropout": config.dropout,
-            "keys": list(keys),
-        },
-        # What mlx-lm passes over: the same choice of modules as the parameters made it, and the base.
-        "lorabuild": {"layers": config.layers, "keys": list(config.keys), "base": base},
-    }
-    (directory / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def read_config(directory: Path) -> LoraConfig:
-    """Read an adapter's shape, written here or by any version of mlx-lm.
-
-    In older versions its config had `lora_layers` for `num_layers`, and `use_dora` for the type.
-
-    Raises:
-        ValueError: the files are missing or not of this format.
-    """
-    path = directory / CONFIG_FILE
-    content = read_json(path, "make it with: python -m stages.train")
-    try:
-        lora = content["lora_parameters"]
-        kind = content.get("fine_tune_type", "dora" if content.get("use_dora") else "lora")
-        keys = lora.get("keys")
-        layers = content["num_layers" if "num_layers" in content else "lora_layers"]
-        if own := content.get("lorabuild"):
-            keys, layers = own["keys"], own["layers"]
-        elif keys is None or layers <= 0:
-            # To mlx-lm this means all modules or all layers of the base: its tensors tell which these were.
-            keys, layers = _read_modules(directory / WEIGHTS_FILE)
-        if kind not in ("lora", "dora"):
-            raise ValueError(f"{path}: fine_tune_type {kind!r} is no adapter that can be loaded; lora and dora are")
-        layers = layers if isinstance(layers, int) else tuple(layers)
-        return LoraConfig(lora["rank"], scale_of(content), lora["dropout"], tuple(keys), layers, kind)
-    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: not an adapter's config ({type(error).__name__}: {error})") from None
-
-
-def check_base(directory: Path, base: str) -> None:
-    """Raise ValueError if an adapter says that it was trained on weights of another identity than `base`."""
-    path = directory / CONFIG_FILE
-    own = read_json(path, "make it with: python -m stages.train").get("lorabuild")
-    trained_on = own.get("base") if isinstance(own, dict) else None
-    if trained_on not in (None, base):
-        raise ValueError(
-            f"{path}: trained on another base model ({str(trained_on)[:12]}, base.json has {base[:12]}); "
-            "train it anew, or fetch the base that it was trained on"
-        )
-
-
-def scale_of(content: dict[str, Any]) -> float:
-    """The factor on the output in an adapter's config: in older versions of mlx-lm scale · alpha / rank."""
-    lora = content["lora_parameters"]
-    is_old = "num_layers" not in content and "alpha" in lora
-    return lora["scale"] * lora["alpha"] / lora["rank"] if is_old else lora["scale"]
-
-
-def _read_modules(path: Path) -> tuple[list[str], list[int]]:
-    """The keys and the layers that a file's tensors belong to."""
-    modules = {name.rpartition(".")[0] for name in read_weights(path)}
-    layers = {int(match[1]) for match in map(IN_LAYER.match, modules) if match}
-    return sorted({IN_LAYER.sub("", module) for module in modules}), sorted(layers)
-
-
-def frozen_layers(names: Iterable[str], count: int) -> int:
-    """The number of layers, of `count`, below every adapted module; `names` are the adapter's weights or modules.
-
-    The last layer is never among them, adapted or not: what is left to run is a model still.
-    """
-    names = list(names)
-    inside = [int(match[1]) for match in map(IN_LAYER.match, names) if match]
-    outside = [name for name in names if not IN_LAYER.match(name)]
-    if any("lm_head" not in name for name in outside):  # embeddings, or layers by another name: may be below all
-        return 0
-    return min([*inside, count - 1])
-
-
-def saved_names(directory: Path) -> list[str]:
-    """The names of a saved adapter's weights.
-
-    Raises:
-        ValueError: the file is missing or no adapter's.
-    """
-    return list(read_weights(directory / WEIGHTS_FILE))
-
-
-def read(directory: Path) -> Saved:
-    """Read a saved adapter; its arrays are read from the disk when they are first used.
-
-    Raises:
-        ValueError: the files are missing or not of this format.
-    """
-    config, weights_path = read_config(directory), directory / WEIGHTS_FILE
-    return Saved(config, read_weights(weights_path), directory / CONFIG_FILE, weights_path)
+    adapter_files.write(directory, weights(model), config, base=base)
 
 
 def load(model: nn.Module, directory: Path) -> LoraConfig:
@@ -318,7 +143,7 @@ def load(model: nn.Module, directory: Path) -> LoraConfig:
     Raises:
         ValueError: tensors are missing, left over or of another shape; all of them are listed.
     """
-    saved = read(directory)
+    saved = adapter_files.read(directory)
     put(model, saved)
     return saved.config
 
@@ -360,7 +185,7 @@ def start_from(model: nn.Module, saved: Saved, config: LoraConfig) -> list[str]:
     }
     problems = []
     # One choice of modules can be named in several ways.
-    if set(_names(model, old)) != set(_names(model, config)):
+    if dict(modules_of(model, old)).keys() != dict(modules_of(model, config)).keys():
         if any(IN_LAYER.match(key) for key in old.keys):
             problems += [
                 f"{saved.config_path}: names its modules one by one, and they are not those of lora.targets in "
@@ -389,22 +214,6 @@ def start_from(model: nn.Module, saved: Saved, config: LoraConfig) -> list[str]:
 def _shown(value: object) -> str:
     """As one would write it in params.yaml."""
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else f"{value}"
-
-
-def read_weights(path: Path) -> dict[str, mx.array]:
-    """A saved adapter's arrays by name, not read yet.
-
-    Raises:
-        ValueError: the file is missing or no safetensors.
-    """
-    if not path.exists():
-        raise ValueError(f"{path}: no such file; make it with: python -m stages.train")
-    try:
-        return cast(dict[str, mx.array], mx.load(str(path)))
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path}: not readable as safetensors ({error}); make it anew: python -m stages.train"
-        ) from None
 
 
 def _load_weights(model: nn.Module, adapter: Saved) -> None:

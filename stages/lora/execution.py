@@ -14,12 +14,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from stages.lora import kernels, patches
-from stages.lora.adapter import frozen_layers
 from stages.lora.batches import collate
 from stages.lora.frozen import FrozenLayers, States, embedded, fed
 from stages.lora.frozen_cache import open_frozen
 from stages.lora.head import backbone_of, head_logits, hidden_at, is_narrowed, logits_at
 from stages.lora.selfcheck import Check, Results, compare, notes_of
+from stages.lora.targets import frozen_layers
 from stages.params import schema
 from stages.tokens.row import TokenRow
 

@@ -20,10 +20,10 @@ from mlx.utils import tree_flatten
 from stages.base import store
 from stages.files.hashes import digest_of
 from stages.lora import code, kernels
-from stages.lora.adapter import frozen_layers
 from stages.lora.frozen import FrozenLayers, embedded
 from stages.lora.selfcheck import Check, compare
 from stages.lora.state_cache import StateCache, evict
+from stages.lora.targets import frozen_layers
 from stages.model import blas
 from stages.model.load import floating_dtype
 from stages.params import schema

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import mlx.nn as nn
@@ -15,6 +16,7 @@ import mlx.nn as nn
 from stages.model.kinds import EMBEDDING, LINEAR, SWITCH
 
 ALL_LINEAR = "all-linear"
+IN_LAYER = re.compile(r"^.*?\blayers\.(\d+)\.")  # what stands before a module's path inside of its layer
 
 
 def layer_indices(count: int, layers: int | str | Sequence[int]) -> tuple[int, ...]:
@@ -116,6 +118,19 @@ def chosen(model: nn.Module, keys: Sequence[str], *, layers: Sequence[int]) -> l
     if missing:
         raise ValueError(f"the base model has no {', '.join(missing)} to put the adapter on; is it another base?")
     return found
+
+
+def frozen_layers(names: Iterable[str], count: int) -> int:
+    """The number of layers, of `count`, below every adapted module; `names` are the adapter's weights or modules.
+
+    The last layer is never among them, adapted or not: what is left to run is a model still.
+    """
+    names = list(names)
+    inside = [int(match[1]) for match in map(IN_LAYER.match, names) if match]
+    outside = [name for name in names if not IN_LAYER.match(name)]
+    if any("lm_head" not in name for name in outside):  # embeddings, or layers by another name: may be below all
+        return 0
+    return min([*inside, count - 1])
 
 
 def routers(modules: Mapping[str, nn.Module]) -> set[str]:

@@ -16,8 +16,8 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRASwitchLinear
 
-from stages.lora import adapter
-from stages.lora.adapter import LoraConfig
+from stages.lora import adapter, adapter_files
+from stages.lora.lora_config import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def names_of(parts: Sequence[Part]) -> list[str]:
     Raises:
         ValueError: a file is missing or no adapter's.
     """
-    return sorted({name for part in parts for name in adapter.saved_names(part.folder)})
+    return sorted({name for part in parts for name in adapter_files.saved_names(part.folder)})
 
 
 def load_sum(model: nn.Module, parts: Sequence[Part]) -> None:
@@ -48,7 +48,7 @@ def load_sum(model: nn.Module, parts: Sequence[Part]) -> None:
         return
     updates: dict[str, list[tuple[mx.array, mx.array]]] = {}
     for part in parts:
-        config = adapter.read_config(part.folder)
+        config = adapter_files.read_config(part.folder)
         if config.type == "dora":
             raise ValueError(
                 f"{part.folder}: a DoRA adapter scales the rows of the whole weight, so it has no sum with another; "

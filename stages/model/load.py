@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +12,7 @@ from mlx_lm.utils import dequantize_model, load_model
 
 from stages.files.outputs import read_json
 from stages.model import phi3
+from stages.model.arrays import read_arrays
 from stages.model.kinds import SWITCH
 
 _WHOLE_COPY = "the folder needs a whole copy of the model"
@@ -84,10 +85,7 @@ def has_own_head(directory: Path, config: dict[str, Any]) -> bool:
     """
     weights: dict[str, mx.array] = {}
     for path in sorted(directory.glob("model*.safetensors")):
-        try:
-            weights |= cast(dict[str, mx.array], mx.load(str(path)))
-        except RuntimeError as error:
-            raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}; {_WHOLE_COPY}") from None
+        weights |= read_arrays(path, _WHOLE_COPY)
     head, embedding = _parts(weights, "lm_head"), _parts(weights, "embed_tokens")
     if not embedding:
         return False

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from stages.lora import adapter
+from stages.lora import adapter, targets
 from stages.lora.batches import split
 from stages.lora.loss import chunk_length
 from stages.model.kinds import LINEAR, SWITCH
@@ -126,7 +126,7 @@ def available_memory() -> int:
 
 def _first_adapted_layer(model: nn.Module) -> int:
     """Gradients pass through this layer and all above."""
-    return adapter.frozen_layers(adapter.weights(model), len(model.layers))
+    return targets.frozen_layers(adapter.weights(model), len(model.layers))
 
 
 def _width(layer: nn.Module, *, experts: int) -> int:

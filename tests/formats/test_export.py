@@ -16,8 +16,9 @@ from stages.adapters import find
 from stages.formats.base import Base
 from stages.formats.export import FORMATS, export
 from stages.formats.proof import compare
-from stages.lora import adapter
-from stages.lora.adapter import LoraConfig, Saved
+from stages.lora import adapter, adapter_files
+from stages.lora.adapter_files import Saved
+from stages.lora.lora_config import LoraConfig
 from stages.model.load import load_base
 from tests.support.adapters import attached, configure, fill
 from tests.support.tiny import write_model
@@ -32,7 +33,7 @@ def saved_on(folder: Path, directory: Path, **options: Any) -> tuple[Saved, Base
     adapter.attach(model, config, seed=0)
     fill(model)
     adapter.save(directory, model, config)
-    return adapter.read(directory), Base(model=load_base(folder)[0])
+    return adapter_files.read(directory), Base(model=load_base(folder)[0])
 
 
 def random_adapter(rank: int, width: int, rows: int, scale: float, names: list[str], *, dora: bool = False) -> Saved:
@@ -200,7 +201,7 @@ def test_experts_are_refused_by_name(tmp_path: Path, to: str) -> None:
     model, config = attached(folder, "mixtral")
     adapter.save(tmp_path / "ours", model, config)
     with pytest.raises(ValueError, match=r"switch_mlp\.\w+.*merge the adapter.*python -m stages.merge") as error:
-        export(adapter.read(tmp_path / "ours"), tmp_path / "out", to, BARE)
+        export(adapter_files.read(tmp_path / "ours"), tmp_path / "out", to, BARE)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 

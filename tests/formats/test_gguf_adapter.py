@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stages.formats.gguf_adapter import export_adapter
-from stages.lora import adapter
+from stages.lora import adapter, adapter_files
 from stages.model.load import load_base
 from stages.sources.gguf_architectures import unpermute
 from tests.support.adapters import configure, fill
@@ -34,7 +34,9 @@ def test_file_holds_what_the_adapter_adds(tmp_path: Path, quantize: bool) -> Non
     summary = export_adapter(saved, folder, tmp_path / "adapter.gguf")
     reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
     found = {tensor.name: tensor.data for tensor in reader.tensors}
-    arrays = {name: np.array(array) for name, array in adapter.read_weights(saved / adapter.WEIGHTS_FILE).items()}
+    arrays = {
+        name: np.array(array) for name, array in adapter_files.read_weights(saved / adapter_files.WEIGHTS_FILE).items()
+    }
     assert summary.tensors == len(found) == len(arrays)
     for part, hf in {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "ffn_down": "mlp.down_proj"}.items():
         a, b = found[f"blk.1.{part}.weight.lora_a"], found[f"blk.1.{part}.weight.lora_b"]
@@ -52,7 +54,7 @@ def test_metadata_says_scale_by_alpha(tmp_path: Path) -> None:
     fields = gguf.GGUFReader(tmp_path / "adapter.gguf").fields
     found = {key: fields[key].contents() for key in ("general.type", "general.architecture", "adapter.type")}
     assert found == {"general.type": "adapter", "general.architecture": "qwen2", "adapter.type": "lora"}
-    config = adapter.read_config(tmp_path / "adapter")
+    config = adapter_files.read_config(tmp_path / "adapter")
     assert fields["adapter.lora.alpha"].contents() == config.scale * config.rank == 8
 
 

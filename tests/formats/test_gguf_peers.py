@@ -11,7 +11,7 @@ import pytest
 
 from stages.formats.gguf_adapter import export_adapter
 from stages.formats.gguf_model import export_model
-from stages.lora import adapter
+from stages.lora import adapter, lora_config
 from stages.model.load import load_base
 from stages.sources.gguf import convert
 from stages.templating.tokenizer import load_tokenizer
@@ -57,7 +57,7 @@ def assert_agrees(
         assert (chosen >= ours.max(axis=-1) - allowed).all()  # the same choices, but for ties
 
 
-def filled_adapter(folder: Path, out: Path) -> tuple[Any, adapter.LoraConfig]:
+def filled_adapter(folder: Path, out: Path) -> tuple[Any, lora_config.LoraConfig]:
     """A model with an adapter on all its matrices, which changes the answers, saved to `out`."""
     model = load_base(folder)[0]
     targets = ["all-linear", "lm_head"] if "lm_head" in model else ["all-linear"]

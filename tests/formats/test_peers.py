@@ -12,7 +12,7 @@ import pytest
 from stages.adapters import find
 from stages.formats.base import Base
 from stages.formats.export import export
-from stages.lora import adapter
+from stages.lora import adapter, adapter_files
 from stages.model.load import load_base
 from tests.support.adapters import configure, fill
 from tests.support.tiny import write_model
@@ -94,7 +94,7 @@ def test_peft_gives_our_logits(tmp_path: Path, name: str, options: dict[str, Any
     adapter.attach(model, config, seed=0)
     fill_small(model)
     adapter.save(tmp_path / "ours", model, config)
-    proof = export(adapter.read(tmp_path / "ours"), tmp_path / "peft", "peft", Base(model=load_base(folder)[0]))
+    proof = export(adapter_files.read(tmp_path / "ours"), tmp_path / "peft", "peft", Base(model=load_base(folder)[0]))
     assert proof.is_exact
 
     bare = torch_logits(torch_base(folder))

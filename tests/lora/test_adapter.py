@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from stages.decoding.decode import answer_stream, load_decoder
 from stages.decoding.stopping import ended
-from stages.lora import adapter
+from stages.lora import adapter, adapter_files
 from stages.lora.targets import resolve
 from stages.model.load import load_base
 from tests.support.adapters import KEYS, config, configure, fill
@@ -217,7 +217,8 @@ def test_the_same_weights_give_the_same_bytes(model: Any, tmp_path: Path) -> Non
     for name in ("one", "two"):
         adapter.save(tmp_path / name, model, config())
     digests = {
-        hashlib.sha256((tmp_path / name / adapter.WEIGHTS_FILE).read_bytes()).hexdigest() for name in ("one", "two")
+        hashlib.sha256((tmp_path / name / adapter_files.WEIGHTS_FILE).read_bytes()).hexdigest()
+        for name in ("one", "two")
     }
     assert len(digests) == 1
 
@@ -275,8 +276,8 @@ def test_an_adapter_that_mlx_lm_wrote_is_read(tiny_llama: Path, tmp_path: Path, 
     fill(model)
     lora |= {"keys": mlx_lm_own["keys"]} if mlx_lm_own["keys"] else {}
     content = {"fine_tune_type": "lora", "num_layers": mlx_lm_own["num_layers"], "lora_parameters": lora}
-    (tmp_path / adapter.CONFIG_FILE).write_text(json.dumps(content))
-    mx.save_safetensors(str(tmp_path / adapter.WEIGHTS_FILE), adapter.weights(model))
+    (tmp_path / adapter_files.CONFIG_FILE).write_text(json.dumps(content))
+    mx.save_safetensors(str(tmp_path / adapter_files.WEIGHTS_FILE), adapter.weights(model))
     adapter.load(again, tmp_path)
     tokens = mx.array([[1, 2, 3]])
     assert mx.array_equal(model(tokens), again(tokens)).item()
@@ -309,7 +310,7 @@ def test_every_tensor_that_does_not_fit_is_listed(tiny_llama: Path, tmp_path: Pa
     model = load_base(tiny_llama)[0]
     adapter.attach(model, config(), seed=0)
     adapter.save(tmp_path, model, config())
-    path = tmp_path / adapter.CONFIG_FILE
+    path = tmp_path / adapter_files.CONFIG_FILE
     content = json.loads(path.read_text())
     content["lora_parameters"]["rank"] = 2
     path.write_text(json.dumps(content))
@@ -326,7 +327,7 @@ def test_no_adapter_is_one_clear_line(model: Any, tmp_path: Path) -> None:
 
 def test_training_starts_from_a_saved_adapter(tiny_llama: Path, tmp_path: Path) -> None:
     model, again = saved(tiny_llama, tmp_path), load_base(tiny_llama)[0]
-    names = adapter.start_from(again, adapter.read(tmp_path), configure(again, dropout=0.5))
+    names = adapter.start_from(again, adapter_files.read(tmp_path), configure(again, dropout=0.5))
     assert names == [f"model.layers.{i}.{key}" for i in (1, 2) for key in KEYS]
     assert again.layers[2].self_attn.q_proj.dropout._p_1 == 0.5
     tokens = mx.array([[1, 2, 3]])
@@ -339,8 +340,8 @@ def test_every_mismatch_of_a_saved_adapter_is_one_line(tiny_llama: Path, tmp_pat
     model = load_base(tiny_llama)[0]
     wanted = configure(model, type="dora", rank=2, targets=["k_proj"], layers=[0, 2])
     with pytest.raises(ValueError, match=r"lora\.type") as error:
-        adapter.start_from(model, adapter.read(tmp_path), wanted)
-    lines = [line.removeprefix(f"{tmp_path / adapter.CONFIG_FILE}: ") for line in str(error.value).splitlines()]
+        adapter.start_from(model, adapter_files.read(tmp_path), wanted)
+    lines = [line.removeprefix(f"{tmp_path / adapter_files.CONFIG_FILE}: ") for line in str(error.value).splitlines()]
     assert lines == [
         "lora.type is lora there and dora here; set lora.type to lora",
         "lora.rank is 4 there and 2 here; set lora.rank to 4",
@@ -354,13 +355,13 @@ def test_every_mismatch_of_a_saved_adapter_is_one_line(tiny_llama: Path, tmp_pat
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file; make it with"), (b"cut off", "not readable as safetensors .*; make it anew")],
+    [(None, "no such file; make it with"), (b"cut off", "damaged: not safetensors .*; make it with")],
 )
 def test_weights_that_cannot_be_read_are_one_line(
     tiny_llama: Path, tmp_path: Path, content: bytes | None, message: str
 ) -> None:
     saved(tiny_llama, tmp_path)
-    path = tmp_path / adapter.WEIGHTS_FILE
+    path = tmp_path / adapter_files.WEIGHTS_FILE
     path.unlink()
     if content is not None:
         path.write_bytes(content)
@@ -371,7 +372,7 @@ def test_weights_that_cannot_be_read_are_one_line(
 
 def test_a_full_fine_tune_is_no_adapter(model: Any, tmp_path: Path) -> None:
     content = {"fine_tune_type": "full", "num_layers": 2, "lora_parameters": {"keys": ["x"]}}
-    (tmp_path / adapter.CONFIG_FILE).write_text(json.dumps(content))
+    (tmp_path / adapter_files.CONFIG_FILE).write_text(json.dumps(content))
     with pytest.raises(ValueError, match="fine_tune_type 'full' is no adapter"):
         adapter.load(model, tmp_path)
 
@@ -387,20 +388,20 @@ def test_a_config_of_an_older_mlx_lm_is_read(tmp_path: Path) -> None:
     """Until `alpha` went, LoRALinear multiplied by scale · alpha / rank."""
     lora = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "scale": 10.0, "keys": list(KEYS)}
     old = {"lora_layers": 2, "lora_parameters": lora}
-    path = tmp_path / adapter.CONFIG_FILE
+    path = tmp_path / adapter_files.CONFIG_FILE
     path.write_text(json.dumps(old))
-    assert adapter.read_config(tmp_path) == config(rank=8, scale=20.0)
+    assert adapter_files.read_config(tmp_path) == config(rank=8, scale=20.0)
     path.write_text(json.dumps(old | {"use_dora": True, "lora_parameters": lora | {"alpha": 8}}))
-    assert adapter.read_config(tmp_path) == config(rank=8, scale=10.0, type="dora")
+    assert adapter_files.read_config(tmp_path) == config(rank=8, scale=10.0, type="dora")
     # Today's mlx-lm passes over an alpha beside the scale.
     path.write_text(json.dumps({"num_layers": 2, "fine_tune_type": "lora", "lora_parameters": lora}))
-    assert adapter.read_config(tmp_path) == config(rank=8, scale=10.0)
+    assert adapter_files.read_config(tmp_path) == config(rank=8, scale=10.0)
 
 
 def test_an_older_config_without_keys_is_read_from_the_tensors(tiny_llama: Path, tmp_path: Path) -> None:
     model = saved(tiny_llama, tmp_path)
     old = {"lora_layers": 16, "lora_parameters": {"rank": 4, "alpha": 8, "dropout": 0.0, "scale": 1.0}}
-    (tmp_path / adapter.CONFIG_FILE).write_text(json.dumps(old))
+    (tmp_path / adapter_files.CONFIG_FILE).write_text(json.dumps(old))
     again = load_base(tiny_llama)[0]
     assert adapter.load(again, tmp_path) == config(layers=(1, 2))
     tokens = mx.array([[1, 2, 3]])
@@ -410,7 +411,7 @@ def test_an_older_config_without_keys_is_read_from_the_tensors(tiny_llama: Path,
 
 def test_the_same_modules_named_in_full_are_a_start(tiny_llama: Path, tmp_path: Path) -> None:
     saved(tiny_llama, tmp_path)
-    there = adapter.read(tmp_path)
+    there = adapter_files.read(tmp_path)
     names = tuple(sorted({name.rpartition(".")[0] for name in there.arrays}))
     full = dataclasses.replace(there, config=dataclasses.replace(there.config, keys=names, layers=()))
     model = load_base(tiny_llama)[0]

@@ -18,6 +18,7 @@ from stages.lora.frozen import FrozenLayers
 from stages.lora.frozen_cache import check_frozen
 from stages.lora.loss import sum_loss
 from stages.lora.state_cache import StateCache
+from stages.lora.targets import frozen_layers
 from stages.model.load import load_base
 from stages.scoring.score import score_rows
 from stages.tokens.row import TokenRow
@@ -36,7 +37,7 @@ def attached(directory: Path, name: str, kind: str = "lora", **options: Any) -> 
     config = adapters.configure(model, type=kind, targets=[t for t in targets if t not in OUTSIDE], layers=2)
     adapter.attach(model, config, seed=0)
     fill(model)
-    return model, adapter.frozen_layers(adapter.weights(model), len(model.layers))
+    return model, frozen_layers(adapter.weights(model), len(model.layers))
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
@@ -213,4 +214,4 @@ def test_the_model_is_whole_again_after_an_error(model: Any, rows: list[TokenRow
     ],
 )
 def test_what_lies_below_every_adapted_module_is_frozen(names: list[str], expected: int) -> None:
-    assert adapter.frozen_layers(names, 4) == expected
+    assert frozen_layers(names, 4) == expected

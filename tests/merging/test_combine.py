@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from stages.lora import adapter
+from stages.lora import adapter, adapter_files
 from stages.merging.combine import Part, load_sum, names_of
 from stages.merging.fuse import fuse
 from stages.model.load import load_base
@@ -86,11 +86,11 @@ def test_an_adapter_says_what_it_was_trained_on(tiny_llama: Path, tmp_path: Path
     config = configure(model)
     adapter.attach(model, config, seed=0)
     adapter.save(tmp_path / "adapter", model, config, base="1" * 64)
-    adapter.check_base(tmp_path / "adapter", "1" * 64)
+    adapter_files.check_base(tmp_path / "adapter", "1" * 64)
     with pytest.raises(ValueError, match=r"adapter_config\.json: trained on another base model \(111111111111, base"):
-        adapter.check_base(tmp_path / "adapter", "2" * 64)
-    path = tmp_path / "adapter" / adapter.CONFIG_FILE
+        adapter_files.check_base(tmp_path / "adapter", "2" * 64)
+    path = tmp_path / "adapter" / adapter_files.CONFIG_FILE
     content = json.loads(path.read_text())
     del content["lorabuild"]
     path.write_text(json.dumps(content))
-    adapter.check_base(tmp_path / "adapter", "2" * 64)  # mlx-lm's own does not say
+    adapter_files.check_base(tmp_path / "adapter", "2" * 64)  # mlx-lm's own does not say

@@ -11,7 +11,7 @@ import pytest
 
 from stages.formats.base import Base
 from stages.formats.export import export
-from stages.lora import adapter
+from stages.lora import adapter, adapter_files
 from stages.model.load import load_base
 from stages.params.loading import load_params
 from stages.serving.models import Models, adapter_folders, open_models
@@ -52,7 +52,7 @@ def test_each_name_is_the_model_that_it_says(models_folder: Path, models: Models
 def test_an_adapter_of_another_format_answers_as_its_own(models_folder: Path, models: Models, to: str) -> None:
     base = Base(model=load_base(models_folder / "base")[0])
     out = models_folder / f"one-{to}"
-    export(adapter.read(models_folder / "one"), out, to, base)
+    export(adapter_files.read(models_folder / "one"), out, to, base)
     models.add(to, out / "adapters.npz" if to == "npz" else out)
     models.switch(to)
     np.testing.assert_allclose(np.array(models.model(TOKENS)), loaded(models_folder, "one"), atol=1e-5)

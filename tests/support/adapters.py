@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from stages.lora import adapter
+from stages.lora import adapter, lora_config
 from stages.lora.execution import narrow_head
 from stages.model.load import load_base
 from stages.params import schema
@@ -15,12 +15,12 @@ from stages.params import schema
 KEYS = ("self_attn.q_proj", "self_attn.v_proj")
 
 
-def config(**changes: Any) -> adapter.LoraConfig:
+def config(**changes: Any) -> lora_config.LoraConfig:
     plain: dict[str, Any] = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": KEYS, "layers": 2, "type": "lora"}
-    return adapter.LoraConfig(**(plain | changes))
+    return lora_config.LoraConfig(**(plain | changes))
 
 
-def configure(model: Any, **changes: Any) -> adapter.LoraConfig:
+def configure(model: Any, **changes: Any) -> lora_config.LoraConfig:
     plain: dict[str, Any] = {
         "type": "lora",
         "rank": 4,
@@ -31,7 +31,7 @@ def configure(model: Any, **changes: Any) -> adapter.LoraConfig:
         "targets": ["q_proj", "v_proj"],
         "layers": 2,
     }
-    return adapter.configure(model, schema.Lora.model_validate(plain | changes))
+    return lora_config.configure(model, schema.Lora.model_validate(plain | changes))
 
 
 def fill(model: Any) -> None:
@@ -68,7 +68,7 @@ DORA = {
 }
 
 
-def attached(directory: Path, name: str, kind: str = "lora", **options: Any) -> tuple[Any, adapter.LoraConfig]:
+def attached(directory: Path, name: str, kind: str = "lora", **options: Any) -> tuple[Any, lora_config.LoraConfig]:
     model = load_base(directory, **options)[0]
     config = configure_named(model, name, kind)
     adapter.attach(model, config, seed=0)
@@ -76,7 +76,7 @@ def attached(directory: Path, name: str, kind: str = "lora", **options: Any) -> 
     return model, config
 
 
-def configure_named(model: Any, name: str, kind: str = "lora") -> adapter.LoraConfig:
+def configure_named(model: Any, name: str, kind: str = "lora") -> lora_config.LoraConfig:
     targets = (DORA.get(name) if kind == "dora" else None) or TARGETS[name]
     return configure(model, type=kind, targets=targets)
 

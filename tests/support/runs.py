@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stages.lora import adapter, patches
+from stages.lora import adapter, patches, targets
 from stages.lora.execution import narrow_head
 from stages.lora.frozen import FrozenLayers
 from stages.params import schema
@@ -64,7 +64,7 @@ def make_trainer(
     model.eval()
     narrow_head(model)
     if options.grad_checkpoint:
-        first = adapter.frozen_layers(adapter.weights(model), len(model.layers))
+        first = targets.frozen_layers(adapter.weights(model), len(model.layers))
         patches.patch_layers(model.layers[first:])
     step = choose_step(model, train, options, frozen=frozen)
     return Trainer(model, train, valid, options, seed=seed, step=step, frozen=frozen, ranks=ranks)

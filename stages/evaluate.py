@@ -57,6 +57,7 @@ def evaluate(
     Under `mlx.launch` its processes share out the rows; the first of them answers, talks and writes.
     """
     from stages.lora import adapter_files
+    from stages.model.load import require_merged
     from stages.results import summary
     from stages.scoring.ranks import join
     from stages.tokens.parquet import read_tokens
@@ -72,13 +73,13 @@ def evaluate(
     tables = _read_baseline(baseline, rows, manifest.identity)
     if settings.evaluate.slice_by is not None:
         summary.check_slice(tables["rows"], settings.evaluate.slice_by)
-    if not (merged_dir / "config.json").exists():
-        raise ValueError(f"{merged_dir}: no merged model; make it with: python -m stages.merge")
+    require_merged(merged_dir)
     _check_equal(ranks, settings, manifest, [tokens / "test.parquet", baseline / "general.parquet"])
     texts = _general_rows(tables["general"])
 
     # Score and answer
     with _adapter_of_rank_0(adapter_dir, ranks) as folder:
+        adapter_files.check_base(folder, manifest.weights_identity)
         adapted = tuple(adapter_files.saved_names(folder))
         adapter_scores, adapter_rate = _score_adapter(folder, manifest, [*rows, *texts], settings, ranks)
     prompts = tables["answers"]["prompt_ids"].to_pylist() if ranks.rank == 0 else []

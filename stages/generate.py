@@ -57,6 +57,8 @@ def generate(
 
     With --prompt, nothing is written: the answer streams to the terminal.
     """
+    from stages.model.load import require_merged
+
     options = asking.overrides(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -75,7 +77,7 @@ def generate(
     if prompt is not None:
         _ask(prompt, settings, merged=merged, manifest=manifest, base=base, adapters=adapters or ())
         return
-    directory = _require(merged)
+    directory = require_merged(merged)
     outputs.refuse_foreign(out, ["samples.jsonl", "samples.md"], inputs=[merged, baseline])
     if prompts is None:
         asked, ids = _answered(baseline / "prompts.parquet", read_manifest(manifest).identity)
@@ -150,12 +152,6 @@ def _load(directory: Path, settings: schema.Params) -> tuple[Any, Any]:
 def _maker(directory: Path, settings: schema.Params) -> Prompts:
     tokenizer = load_tokenizer(directory, trust_remote_code=settings.model.trust_remote_code)
     return Prompts.under(settings, tokenizer)
-
-
-def _require(merged: Path) -> Path:
-    if not (merged / "config.json").exists():
-        raise ValueError(f"{merged}: no merged model; make it with: python -m stages.merge")
-    return merged
 
 
 def _markdown(samples: list[dict[str, str]]) -> str:

@@ -36,11 +36,11 @@ def tasks(
     overrides: console.Overrides = None,
 ) -> None:
     """Score base and merged model on public tasks, each score with its standard error."""
+    from stages.model.load import require_merged
+
     evaluator = _library()
     settings = load_params(params_file, overrides or ())
-    folders = {"base": locate(read_manifest(base_file)), "merged": merged}
-    if not (merged / "config.json").exists():
-        raise ValueError(f"{merged}: no merged model; make it with: python -m stages.merge")
+    folders = {"base": locate(read_manifest(base_file)), "merged": require_merged(merged)}
     manager = _manager(include, names)
     options = {"num_fewshot": shots, "limit": limit, "batch_size": batch_size, "task_manager": manager}
     scores = {
@@ -90,15 +90,18 @@ def _manager(include: Path | None, names: list[str]) -> Any:
 
 def _model(folder: Path, settings: Any) -> Any:
     """mlx-lm's evaluator of a model, in the float type that suits the device."""
+    from stages.decoding.decode import load_decoder
     from stages.model.load import load_base  # the BLAS comes before MLX
 
-    from mlx_lm.evaluate import MLXLM  # isort: skip
+    from mlx_lm import evaluate  # isort: skip
 
     trust = settings.model.trust_remote_code
     with console.progress(f"loading {folder.name}"):
-        evaluated = MLXLM(str(folder), trust_remote_code=trust)
-        evaluated._model, _ = load_base(folder, dtype=settings.model.dtype, trust_remote_code=trust)
-    return evaluated
+        model, config = load_base(folder, dtype=settings.model.dtype, trust_remote_code=trust)
+        tokenizer = load_decoder(folder, config, trust_remote_code=trust)
+    # The evaluator would load the model itself, in its file's own type.
+    evaluate.load = lambda *_, **__: (model, tokenizer)
+    return evaluate.MLXLM(str(folder))
 
 
 def _scores(results: Mapping[str, Any]) -> Scores:

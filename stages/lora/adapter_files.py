@@ -87,7 +87,7 @@ def check_base(directory: Path, base: str) -> None:
     """Raise ValueError if an adapter says that it was trained on weights of another identity than `base`."""
     path = directory / CONFIG_FILE
     own = read_json(path, _HINT).get("lorabuild")
-    trained_on = own.get("base") if isinstance(own, dict) else None
+    trained_on = own.get("base") if isinstance(own, dict) else None  # other programs' adapters do not say
     if trained_on not in (None, base):
         raise ValueError(
             f"{path}: trained on another base model ({str(trained_on)[:12]}, base.json has {base[:12]}); "

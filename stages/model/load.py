@@ -57,6 +57,17 @@ def load_base(
     return model, config
 
 
+def require_merged(directory: Path) -> Path:
+    """The folder itself, if merge wrote a model there.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not (directory / "config.json").exists():
+        raise ValueError(f"{directory}: no merged model; make it with: python -m stages.merge")
+    return directory
+
+
 def _open(directory: Path, *, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
     """mlx-lm's model and config, weights not read yet."""
     config = read_json(directory / "config.json", _WHOLE_COPY)

@@ -111,13 +111,6 @@ def answer_all(
         generator.close()
 
 
-def answer_stream(model: nn.Module, tokenizer: Any, prompt: Sequence[int], **options: Any) -> Iterator[str]:
-    """The answer to one prompt, piece by piece; `options` as of `stream_tokens`."""
-    for piece, _ in stream_tokens(model, tokenizer, prompt, **options):
-        if piece:
-            yield piece
-
-
 def stream_tokens(
     model: nn.Module,
     tokenizer: Any,

@@ -66,20 +66,19 @@ def _matrices(model: nn.Module, folder: Path) -> dict[str, tuple[mx.array, mx.ar
 
     The adapter is put onto the model for that, and taken off.
     """
-    before = dict(model.named_modules())
     adapter.load(model, folder)
     weights = adapter.weights(model)
     names = sorted({name.rpartition(".")[0] for name in weights})
     found = {name: (weights[f"{name}.lora_a"], weights[f"{name}.lora_b"]) for name in names}
-    model.update_modules(tree_unflatten([(name, before[name]) for name in names]))
+    adapter.take_off(model)
     return found
 
 
 def _summed(module: nn.Module, name: str, updates: Sequence[tuple[mx.array, mx.array]]) -> nn.Module:
-    rank_axes = {True: (-2, -1), False: (-1, -2)}
     config = LoraConfig(rank=1, scale=1.0, dropout=0.0, keys=(), layers=0, type="lora")
     layer = adapter.wrapped(module, config, name=name, seed=0)
-    of_a, of_b = rank_axes[isinstance(layer, LoRASwitchLinear)]
+    # A is (in, rank) and B (rank, out), of experts A (experts, rank, in) and B (experts, out, rank).
+    of_a, of_b = (-2, -1) if isinstance(layer, LoRASwitchLinear) else (-1, -2)
     layer.lora_a = mx.concatenate([a.astype(mx.float32) for a, _ in updates], axis=of_a)
     layer.lora_b = mx.concatenate([b.astype(mx.float32) for _, b in updates], axis=of_b)
     return layer

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from stages.decoding.decode import Answer, answer_all, answer_stream, load_decoder
+from stages.decoding.decode import Answer, answer_all, load_decoder, stream_tokens
 from stages.params.loading import load_params
 from tests.support.imports import ROOT
 
@@ -33,7 +33,7 @@ def batch(model: Any, decoder: Any, prompts: list[str] = PROMPTS, **options: Any
 
 
 def stream(model: Any, decoder: Any, prompt: str, **options: Any) -> str:
-    return "".join(answer_stream(model, decoder, decoder.encode(prompt), **PLAIN | options))
+    return "".join(piece for piece, _ in stream_tokens(model, decoder, decoder.encode(prompt), **PLAIN | options))
 
 
 PENALTIES: list[dict[str, Any]] = [

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from stages.decoding.decode import answer_stream, load_decoder
+from stages.decoding.decode import load_decoder, stream_tokens
 from stages.decoding.stopping import ended
 from stages.lora import adapter, adapter_files
 from stages.lora.targets import resolve
@@ -296,7 +296,10 @@ def test_mlx_lm_generates_with_the_adapter_and_fuses_it(
     model = saved(tiny_llama, tmp_path / "adapter", **choice)
     base = ["--model", str(tiny_llama), "--adapter-path", str(tmp_path / "adapter")]
     decoder = load_decoder(tiny_llama, {})
-    expected = "".join(answer_stream(model, decoder, decoder.encode("abc"), max_tokens=12, temperature=0.0, seed=0))
+    expected = "".join(
+        piece
+        for piece, _ in stream_tokens(model, decoder, decoder.encode("abc"), max_tokens=12, temperature=0.0, seed=0)
+    )
     answer = mlx_lm("generate", *base, "--prompt", "abc", "--max-tokens", "12", "--verbose", "False")
     # mlx-lm prints the half character too on which the token limit fell.
     assert ended(answer.strip()) == expected.strip() != ""

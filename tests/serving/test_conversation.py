@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stages.decoding.decode import answer_stream
+from stages.decoding.decode import stream_tokens
 from stages.params import schema
 from stages.params.loading import load_params
 from stages.serving.conversation import Conversation
@@ -36,7 +36,8 @@ def options(**changes: Any) -> schema.Generate:
 def alone(models: Models, messages: list[dict[str, str]], made: schema.Generate) -> str:
     """The answer to these turns by a model that has read nothing before."""
     ids = models.prompts.of_row({"messages": messages}).ids
-    return "".join(answer_stream(models.model, models.decoder, ids, **made.model_dump(exclude={"batch_size"})))
+    options = made.model_dump(exclude={"batch_size"})
+    return "".join(piece for piece, _ in stream_tokens(models.model, models.decoder, ids, **options))
 
 
 @pytest.mark.parametrize("changes", [{}, {"frequency_penalty": 1.5}, {"temperature": 0.8, "seed": 3}], ids=str)

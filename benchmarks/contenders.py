@@ -138,7 +138,7 @@ def _stage(ground: Ground, folder: Path, name: str, settings: Settings) -> Done:
     """Run a stage; all that it makes is in the folder, checkpoints and caches too."""
     tokens, texts = str(ground.folder / ground.kind / "tokens"), Path(__file__).parents[1] / "data"
     inputs = ["adapter", "--tokens", tokens] if name == "merge" else [tokens]
-    inputs += ["--base", str(ground.folder / "base.json")]
+    inputs += ["--manifest", str(ground.folder / "base.json")]
     outputs = {
         "train": ["--out", "adapter", "--plots", "plots", "--timing", "timing.json", "--metrics", "train.json"],
         "baseline": [

@@ -92,7 +92,7 @@ def fetch(folder: Path) -> None:
 def stage(folder: Path, name: str, *arguments: str) -> None:
     """Run a stage in the folder, with its params.yaml and its store."""
     if name == "tokenize":
-        arguments = ("--base", "base.json", *arguments)
+        arguments = ("--manifest", "base.json", *arguments)
     # The store is not the user's: the float32 base does not stay.
     run(["-m", f"stages.{name}", *arguments], folder=folder, log=folder / f"{name}.log", store=folder / "store")
 

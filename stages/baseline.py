@@ -34,7 +34,7 @@ MADE = ("rows.parquet", "answers.parquet", "prompts.parquet", "general.parquet")
 
 def baseline(
     tokens: Annotated[Path, typer.Argument(help="The folder that tokenize wrote.")] = Path("data/tokens"),
-    base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
+    base_file: console.ManifestFile = Path("artifacts/base.json"),
     prompts: Annotated[
         Path, typer.Option(help="Rows with the columns of the template before the answer, or a `prompt`.")
     ] = Path("data/prompts.jsonl"),

@@ -32,7 +32,7 @@ def convert(
     *,
     to: Annotated[str, typer.Option(metavar="FORMAT", help="The format to write: mlx, peft, npz or gguf.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
-    base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = _BASE,
+    base_file: console.ManifestFile = _BASE,
     dtype: Annotated[str, typer.Option(help="Of a model in GGUF: f32, f16, bf16 or q8_0.")] = "f16",
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,

@@ -33,7 +33,7 @@ MADE = ("rows.parquet", "answers.parquet", "general.parquet")
 
 def evaluate(
     tokens: Annotated[Path, typer.Argument(help="The folder that tokenize wrote.")] = Path("data/tokens"),
-    base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
+    base_file: console.ManifestFile = Path("artifacts/base.json"),
     baseline: Annotated[Path, typer.Option(help="The folder that baseline wrote.")] = Path("artifacts/baseline"),
     adapter_dir: Annotated[Path, typer.Option("--adapter", help="The adapter's folder.")] = Path("artifacts/adapter"),
     merged_dir: Annotated[Path, typer.Option("--merged", help="The model that merge wrote.")] = Path(

@@ -28,7 +28,7 @@ def inspect(
     row: Annotated[int, typer.Option(min=0, help="The row, counted from 0.")] = 0,
     longest: Annotated[bool, typer.Option("--longest", help="The longest row.")] = False,
     random: Annotated[bool, typer.Option("--random", help="Any row, another one each time.")] = False,
-    base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
+    base_file: console.ManifestFile = Path("artifacts/base.json"),
     params_file: console.ParamsFile = console.DEFAULT_PARAMS,
     overrides: console.Overrides = None,
 ) -> None:

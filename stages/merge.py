@@ -29,7 +29,7 @@ def merge(
     adapter_dir: Annotated[Path, typer.Argument(metavar="ADAPTER", help="The adapter's folder.")] = Path(
         "artifacts/adapter"
     ),
-    base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
+    base_file: console.ManifestFile = Path("artifacts/base.json"),
     tokens: Annotated[Path, typer.Option(help="Token rows to check the merged model on.")] = Path("data/tokens"),
     out: Annotated[Path, typer.Option(help="The model directory to write.")] = Path("artifacts/merged"),
     details: Annotated[Path, typer.Option(help="The proof to write.")] = Path("artifacts/details/merge.json"),

@@ -24,7 +24,7 @@ Scores = dict[tuple[str, str], tuple[float, float | None]]  # (task, metric) →
 def tasks(
     names: Annotated[list[str], typer.Argument(metavar="TASK…", help="Names of tasks: lm-eval ls tasks.")],
     merged: Annotated[Path, typer.Option(help="The model that merge wrote.")] = Path("artifacts/merged"),
-    base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
+    base_file: console.ManifestFile = Path("artifacts/base.json"),
     include: Annotated[
         Path | None, typer.Option(help="A folder with the YAML files of your own tasks.", show_default=False)
     ] = None,

@@ -31,7 +31,7 @@ _COLUMNS = (*SPLITS, "all")
 
 def tokenize(
     prepared: Annotated[Path, typer.Argument(help="The folder that prepare wrote.")] = Path("data/prepared"),
-    base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
+    base_file: console.ManifestFile = Path("artifacts/base.json"),
     out: Annotated[Path, typer.Option(help="The folder to write Parquet files to.")] = Path("data/tokens"),
     metrics: Annotated[Path, typer.Option(help="The headline numbers to write.")] = Path(
         "artifacts/metrics/tokenize.json"

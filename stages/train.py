@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def train(
     tokens: Annotated[Path, typer.Argument(help="The folder that tokenize wrote.")] = Path("data/tokens"),
-    base_file: Annotated[Path, typer.Option("--base", help="The base model's manifest.")] = Path("artifacts/base.json"),
+    base_file: console.ManifestFile = Path("artifacts/base.json"),
     out: Annotated[Path, typer.Option(help="The folder to write the adapter to.")] = Path("artifacts/adapter"),
     metrics: Annotated[Path, typer.Option(help="The headline numbers to write.")] = Path(
         "artifacts/metrics/train.json"

@@ -44,7 +44,7 @@ def tied_head(parts: dict[str, Part], embeddings: set[str], *, model: nn.Module 
     if model is None:
         raise ValueError(
             f"{path}: adapts {min(embeddings)}, and only the base model says whether its head is the same matrix; "
-            "run: python -m stages.fetch, and name its manifest with --base"
+            "run: python -m stages.fetch, and name its manifest with --manifest"
         )
     if not is_tied(model):
         return False

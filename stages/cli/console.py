@@ -42,6 +42,8 @@ Overrides = Annotated[
         rich_help_panel="Parameters",
     ),
 ]
+# `--base` is its older name; where a model is asked, it is a flag: the base model alone.
+ManifestFile = Annotated[Path, typer.Option("--manifest", "--base", help="The base model's manifest.")]
 DEFAULT_PARAMS = PARAMS_FILE
 
 RANK_0_SECONDS = 2  # for which another rank waits, so that rank 0 prints the error

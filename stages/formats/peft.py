@@ -64,7 +64,7 @@ def _embeddings(parts: dict[str, Part], saved: Saved, base: Base) -> set[str]:
     if named := [name for name in parts if "embed" in name.rpartition(".")[2]]:
         raise ValueError(
             f"{saved.weights_path}: adapts {named[0]}, and only the base model says whether its head is the same "
-            "matrix; run: python -m stages.fetch, and name its manifest with --base"
+            "matrix; run: python -m stages.fetch, and name its manifest with --manifest"
         )
     return set()
 

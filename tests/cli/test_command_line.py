@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from stages import __main__ as commands
 from tests.support.imports import ROOT
 
 NAMES = ("fetch", "prepare", "tokenize", "train", "evaluate", "merge", "generate")
@@ -54,6 +56,18 @@ def test_help_tells_what_the_stage_reads_and_writes(name: str) -> None:
 def test_the_overview_lists_every_command() -> None:
     done = command("stages", "--help")
     assert all(f" {name} " in done.stdout for name in (*NAMES, "show", "doctor"))
+
+
+def test_the_manifest_has_one_name_in_all_commands() -> None:
+    group = typer.main.get_command(commands.app)
+    found = {
+        name: option.opts
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+        for option in command.params
+        if getattr(option, "help", None) == "The base model's manifest."
+    }
+    assert {"train", "evaluate", "merge", "convert", "tasks", "generate", "chat", "serve"} <= found.keys()
+    assert {name for name, names in found.items() if names[0] != "--manifest"} == set()
 
 
 def test_the_overview_imports_nothing_heavy() -> None:

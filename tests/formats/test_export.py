@@ -155,10 +155,10 @@ def test_an_adapter_on_the_embedding_crosses(tmp_path: Path, tied: bool) -> None
 
 def test_an_adapter_on_the_embedding_needs_the_base_model(tiny_llama: Path, tmp_path: Path) -> None:
     ours, base = saved_on(tiny_llama, tmp_path / "ours", targets=["embed_tokens"])
-    with pytest.raises(ValueError, match=r"adapts model.embed_tokens, and only the base model says .*--base$"):
+    with pytest.raises(ValueError, match=r"adapts model.embed_tokens, and only the base model says .*--manifest$"):
         export(ours, tmp_path / "peft", "peft", BARE)
     export(ours, tmp_path / "peft", "peft", base)
-    with pytest.raises(ValueError, match=r"adapts model.embed_tokens, and only the base model says .*--base$"):
+    with pytest.raises(ValueError, match=r"adapts model.embed_tokens, and only the base model says .*--manifest$"):
         find.read(tmp_path / "peft")
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 /base            what the base model answers to the last question
+/merged          go on with the merged model, loaded beside the base when first asked
 /adapter NAME    go on with this model; a folder is loaded as an adapter; without a name: which there are
 /clear           start anew
 /help            these lines
@@ -97,6 +98,10 @@ def _obey(line: str, conversation: Conversation, models: Models) -> None:
             raise ValueError("the merged model holds no base model: start with --adapter artifacts/adapter")
         with _interruptible() as stop:
             _show(conversation.ask_again(models.names[0], stopped=stop.is_set))
+    elif command == "/merged":
+        with console.progress("loading the merged model"):
+            models.add_merged()
+        _switch("merged", models)
     elif command == "/adapter":
         _switch(name.strip(), models)
     elif command == "/clear":

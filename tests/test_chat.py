@@ -61,6 +61,28 @@ def test_models_are_switched_by_name_or_folder(chatted: Chatted) -> None:
     assert chatted("q", adapters=["two"]).out.strip() == two
 
 
+def test_the_merged_model_is_loaded_beside_the_base_when_it_is_asked(chatted: Chatted) -> None:
+    lines = ("/adapter", "/merged", "q", "/base", "/adapter", "/adapter two", "/clear", "q", "/merged", "/clear", "q")
+    before, merged, base, names, two, merged_again = chatted(*lines, adapters=["one"]).out.splitlines()
+    assert (before, names) == ("base  [one]", "base  one  [merged]")
+    assert merged == merged_again == chatted("q").out.strip()
+    assert base == chatted("q", base=True).out.strip()
+    assert two == chatted("q", adapters=["two"]).out.strip()
+    assert len({merged, base, two}) == 3
+    assert chatted("q", "/merged", "/clear", "q").out.splitlines() == [merged, merged]
+
+
+def test_a_merged_model_that_is_not_there_is_one_line(chatted: Chatted, in_models_folder: Path) -> None:
+    there = in_models_folder / "merged"
+    there.rename(in_models_folder / "elsewhere")
+    try:
+        done = chatted("/merged", "q", adapters=["one"])
+    finally:
+        (in_models_folder / "elsewhere").rename(there)
+    assert done.err.splitlines()[0] == "warning: merged: no merged model; make it with: python -m stages.merge"
+    assert done.out.strip() == chatted("q", adapters=["one"]).out.strip()
+
+
 def test_mistakes_are_one_line_and_the_conversation_goes_on(chatted: Chatted) -> None:
     done = chatted("/nonsense", "/base", "/adapter nowhere", "q")
     assert len(done.out.splitlines()) == 1
@@ -71,8 +93,8 @@ def test_mistakes_are_one_line_and_the_conversation_goes_on(chatted: Chatted) ->
 
 def test_help_names_every_command(chatted: Chatted) -> None:
     shown = chatted("/help", "/quit", "never asked").out
-    assert all(name in shown for name in ("/base", "/adapter", "/clear", "/help", "/quit"))
-    assert len(shown.splitlines()) == 5
+    assert all(name in shown for name in ("/base", "/merged", "/adapter", "/clear", "/help", "/quit"))
+    assert len(shown.splitlines()) == 6
 
 
 @contextmanager

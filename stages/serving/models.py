@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,8 +13,8 @@ import mlx.nn as nn
 from stages.adapters import find
 from stages.base.manifest import locate, read_manifest
 from stages.decoding.decode import load_decoder
-from stages.lora import adapter
-from stages.model.load import load_base
+from stages.lora import adapter, adapter_files
+from stages.model.load import load_base, require_merged
 from stages.params import schema
 from stages.prompting.prompts import Prompts
 from stages.templating.tokenizer import load_tokenizer
@@ -23,30 +23,39 @@ MERGED, BASE = "merged", "base"
 _NAME = re.compile(r"[\w.-]+")
 
 
-class Models:
-    """One model in memory, and the adapters that can be put on it.
+class Opened(NamedTuple):
+    """A model in memory, and what makes prompts for it; `context_tokens` is the most that it can read and say."""
 
-    `names` are what it can be switched to, the one that it is now first. `context_tokens` is the most that prompt and
-    answer may have together, None if the config does not say.
+    model: nn.Module
+    decoder: Any
+    prompts: Prompts
+    context_tokens: int | None
+
+
+class Models:
+    """A base model in memory and the adapters that can be put on it, or the merged model; perhaps both.
+
+    `names` are what can be switched to, the one that was first opened first. `model`, `decoder`, `prompts` and
+    `context_tokens` are those of the present one, `name`; the context is None if the config does not say it.
+    `base` is the identity of the base's weights, which the adapters must have been trained on; `open_merged` loads
+    the merged model.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        decoder: Any,
-        prompts: Prompts,
-        *,
-        name: str,
-        adapters: Mapping[str, adapter.Layers] | None = None,
-        context_tokens: int | None = None,
-    ) -> None:
-        self.model, self.decoder, self.prompts, self.context_tokens = model, decoder, prompts, context_tokens
+    def __init__(self, first: Opened, *, name: str, open_merged: Callable[[], Opened], base: str | None = None) -> None:
+        self._opened = {name: first}
+        self._open_merged = open_merged
+        self._layers: dict[str, adapter.Layers] = {name: []}
+        self._base = base
         self.name = name
-        self._layers = {name: [], **(adapters or {})}
+        self.model, self.decoder, self.prompts, self.context_tokens = first
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._layers)
+        return (*self._layers, *(name for name in self._opened if name not in self._layers))
+
+    @property
+    def _first(self) -> Opened:
+        return self._opened[self.names[0]]
 
     def switch(self, name: str) -> None:
         """Let the model be another: no weights are loaded, the base stays where it is.
@@ -54,26 +63,39 @@ class Models:
         Raises:
             ValueError: there is no model of this name.
         """
-        if name not in self._layers:
+        if name not in self.names:
             raise ValueError(f"no model {name!r} here; there are: {', '.join(self.names)}")
         if name != self.name:
-            adapter.take_off(self.model)
-            adapter.put_on(self.model, self._layers[name])
+            if name in self._layers:
+                adapter.take_off(self._first.model)
+                adapter.put_on(self._first.model, self._layers[name])
+            self.model, self.decoder, self.prompts, self.context_tokens = self._opened.get(name, self._first)
             self.name = name
 
     def add(self, name: str, directory: Path) -> None:
         """Load one more adapter; the model stays what it is.
 
         Raises:
-            ValueError: it does not fit the model, or the model is no base.
+            ValueError: it does not fit the model, was trained on another one, or the model is no base.
         """
         if self.names[0] == MERGED:
             raise ValueError("an adapter goes onto the base model, and this is the merged one; start with --base")
-        worn = adapter.take_off(self.model)
+        if self._base is not None and find.kind_of(directory) == "mlx":
+            adapter_files.check_base(directory, self._base)
+        worn = adapter.take_off(self._first.model)
         try:
-            self._layers[name] = load_layers(self.model, directory)
+            self._layers[name] = load_layers(self._first.model, directory)
         finally:
-            adapter.put_on(self.model, worn)
+            adapter.put_on(self._first.model, worn)
+
+    def add_merged(self) -> None:
+        """Load the merged model beside the base, if it is not there yet; the model stays what it is.
+
+        Raises:
+            ValueError: there is no merged model.
+        """
+        if MERGED not in self.names:
+            self._opened[MERGED] = self._open_merged()
 
     def check_length(self, prompt_tokens: int) -> None:
         """Raise ValueError if a prompt leaves no room for an answer."""
@@ -92,11 +114,15 @@ def open_models(
         ValueError: a folder is missing or does not fit.
     """
     named = adapter_folders(adapters)
+
+    def open_merged() -> Opened:
+        return _open(require_merged(merged), settings)
+
     if not base and not named:
-        if not (merged / "config.json").exists():
-            raise ValueError(f"{merged}: no merged model; make it with: python -m stages.merge")
-        return _open(merged, settings, name=MERGED)
-    models = _open(locate(read_manifest(manifest)), settings, name=BASE)
+        return Models(open_merged(), name=MERGED, open_merged=open_merged)
+    known = read_manifest(manifest)
+    opened = _open(locate(known), settings)
+    models = Models(opened, name=BASE, open_merged=open_merged, base=known.weights_identity)
     for name, directory in named.items():
         models.add(name, directory)
     return models
@@ -138,10 +164,10 @@ def load_layers(model: nn.Module, directory: Path) -> adapter.Layers:
     return adapter.take_off(model)
 
 
-def _open(directory: Path, settings: schema.Params, *, name: str) -> Models:
+def _open(directory: Path, settings: schema.Params) -> Opened:
     trust = settings.model.trust_remote_code
     prompts = Prompts.under(settings, load_tokenizer(directory, trust_remote_code=trust))
     model, config = load_base(directory, dtype=settings.model.dtype, trust_remote_code=trust)
     decoder = load_decoder(directory, config, chat_template=settings.tokenize.chat_template, trust_remote_code=trust)
     text = config.get("text_config") or config
-    return Models(model, decoder, prompts, name=name, context_tokens=text.get("max_position_embeddings"))
+    return Opened(model, decoder, prompts, text.get("max_position_embeddings"))

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from stages.base.manifest import read_manifest
 from stages.formats.base import Base
 from stages.formats.export import export
 from stages.lora import adapter, adapter_files
@@ -90,6 +91,17 @@ def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(
         models.add("wide", tmp_path / "wide_adapter")
     assert models.names == ("base", "one", "two")
     assert np.array_equal(np.array(models.model(TOKENS)), loaded(models_folder, "one"))
+
+
+def test_an_adapter_of_another_base_is_refused(models_folder: Path, models: Models, tmp_path: Path) -> None:
+    model = load_base(models_folder / "base")[0]
+    adapter.attach(model, config(), seed=0)
+    adapter.save(tmp_path / "own", model, config(), base=read_manifest(Path("artifacts/base.json")).weights_identity)
+    adapter.save(tmp_path / "others", model, config(), base="2" * 64)
+    models.add("own", tmp_path / "own")
+    with pytest.raises(ValueError, match=r"others/adapter_config\.json: trained on another base model \(222222222222"):
+        models.add("others", tmp_path / "others")
+    assert models.names == ("base", "one", "two", "own")
 
 
 def test_no_adapter_goes_onto_a_merged_model(models_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,6 @@ def assert_same(ours: np.ndarray, theirs: np.ndarray, bare: np.ndarray) -> None:
     ("name", "options"),
     [
         ("llama", {"targets": ["all-linear"]}),
-        ("llama", {"targets": ["all-linear"], "layers": "all"}),
         ("llama", {"targets": ["all-linear"], "type": "dora"}),
         ("llama", {"targets": ["q_proj", "embed_tokens"]}),
         ("llama with a head", {"targets": ["q_proj", "embed_tokens", "lm_head"], "layers": [0, 2]}),

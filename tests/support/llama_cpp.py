@@ -25,17 +25,21 @@ class LlamaCpp:
 
     def generate(self, prompt: list[int], *, tokens: int) -> tuple[list[int], np.ndarray]:
         """The greedy continuation, and the log-probabilities of all tokens at each of its places, (tokens, V)."""
-        # Inside of a character the server tells no probabilities. They are those before a bias, which makes it say "a".
-        whole = self.tokens("a")[-1]
-        answer, rows = list[int](), list[list[float]]()
+        answer, rows = list[int](), list[np.ndarray]()
         for _ in range(tokens):
-            place = self._complete([*prompt, *answer], 1, n_probs=1_000_000, logit_bias=[[whole, 1000.0]])
-            choices = sorted(place["completion_probabilities"][0]["top_logprobs"], key=lambda choice: int(choice["id"]))
-            rows.append([choice["logprob"] for choice in choices])
+            rows.append(self.next_token([*prompt, *answer]))
             answer.append(int(np.argmax(rows[-1])))
         said = self._complete(prompt, tokens)["tokens"]
         assert said == answer[: len(said)]  # the server's own choices, up to an end of the answer
         return answer, np.array(rows)
+
+    def next_token(self, ids: list[int]) -> np.ndarray:
+        """The log-probabilities of all tokens after these, (V,)."""
+        # Inside of a character the server tells no probabilities. They are those before a bias, which makes it say "a".
+        whole = self.tokens("a")[-1]
+        place = self._complete(ids, 1, n_probs=1_000_000, logit_bias=[[whole, 1000.0]])
+        choices = sorted(place["completion_probabilities"][0]["top_logprobs"], key=lambda choice: int(choice["id"]))
+        return np.array([choice["logprob"] for choice in choices])
 
     def _complete(self, prompt: list[int], tokens: int, **options: Any) -> Any:
         fixed = {"temperature": 0, "cache_prompt": False, "return_tokens": True}

@@ -23,7 +23,7 @@ from stages.params.loading import load_params
 
 if TYPE_CHECKING:
     from stages.decoding.decode import Answer
-    from stages.lora.execution import Execution
+    from stages.lora.execution import Execution, Patches
     from stages.scoring.ranks import Ranks
     from stages.scoring.score import Score
     from stages.tokens.row import TokenRow
@@ -81,9 +81,9 @@ def evaluate(
     with _adapter_of_rank_0(adapter_dir, ranks) as folder:
         adapter_files.check_base(folder, manifest.weights_identity)
         adapted = tuple(adapter_files.saved_names(folder))
-        adapter_scores, adapter_rate = _score_adapter(folder, manifest, [*rows, *texts], settings, ranks)
+        patches, adapter_scores, adapter_rate = _score_adapter(folder, manifest, [*rows, *texts], settings, ranks)
     prompts = tables["answers"]["prompt_ids"].to_pylist() if ranks.rank == 0 else []
-    merged_scores, merged_rate, answers = _score_merged(merged_dir, adapted, rows, prompts, settings, ranks)
+    merged_scores, merged_rate, answers = _score_merged(merged_dir, adapted, rows, prompts, settings, ranks, patches)
     if ranks.rank:
         return
 
@@ -142,10 +142,10 @@ def _general_rows(table: Any) -> list[TokenRow]:
 
 def _score_adapter(
     folder: Path, manifest: Manifest, rows: Sequence[TokenRow], settings: schema.Params, ranks: Ranks
-) -> tuple[list[Score], float]:
-    """Each row's score by the base model with the adapter, and the tokens of a second."""
+) -> tuple[Patches, list[Score], float]:
+    """The base model's patches, each row's score by it with the adapter, and the tokens of a second."""
     from stages.lora import adapter, adapter_files
-    from stages.lora.execution import set_up
+    from stages.lora.execution import patches_of, set_up
     from stages.model.load import load_base
 
     with console.progress("loading the base model"):
@@ -163,7 +163,7 @@ def _score_adapter(
         adapter.load(model, folder)
     for note in execution.notes:
         console.say(note)
-    return _scored(model, rows, execution, settings, ranks)
+    return patches_of(model), *_scored(model, rows, execution, settings, ranks)
 
 
 def _scored(
@@ -187,8 +187,12 @@ def _score_merged(
     prompts: Sequence[Sequence[int]],
     settings: schema.Params,
     ranks: Ranks,
+    patches: Patches,
 ) -> tuple[list[Score], float, list[Answer]]:
-    """Each row's score by the merged model, the tokens of a second, and its answers; `adapted` are adapted weights."""
+    """Each row's score by the merged model, the tokens of a second, and its answers.
+
+    `adapted` are the names of the adapter's weights; `patches` are those of the base model.
+    """
     from stages.decoding.answers import answers_of
     from stages.decoding.decode import load_decoder
     from stages.lora.execution import set_up
@@ -205,6 +209,7 @@ def _score_merged(
             options=settings.model,
             base=frozen_identity(model, adapted),
             cache_gb=settings.runtime.cache_gb,
+            known=patches,
         )
     scores, rate = _scored(model, rows, execution, settings, ranks)
     if not prompts:

@@ -51,29 +51,47 @@ def set_up(
     cache_gb: float,
     is_traced: bool = False,
     grad_checkpoint: bool = False,
+    known: Patches | None = None,
 ) -> Execution:
     """Patch a model that is to compute these rows, and open the cache of its frozen layers.
 
     `adapted` names the modules that are trained, or their weights; `base` is the identity of the base model. A step
-    that `is_traced` (compiled) cannot use the CPU kernels. Leaves the model in evaluation mode.
+    that `is_traced` (compiled) cannot use the CPU kernels. With patches that are `known` to serve,
+    nothing is checked. Leaves the model in evaluation mode.
     """
     model.eval()
     layers = frozen_layers(adapted, len(model.layers))
     checks = []
-    if options.cpu_kernels and not is_traced:
-        checks.append(use_kernels(model, rows, frozen=layers))
-    checks.append(narrow_head(model, frozen=layers))
+    if known is not None:
+        patch(model, known)
+    else:
+        if options.cpu_kernels and not is_traced:
+            checks.append(use_kernels(model, rows, frozen=layers))
+        checks.append(narrow_head(model, frozen=layers))
     if grad_checkpoint:
         patches.patch_layers(model.layers[layers:])
     frozen, note = open_frozen(model, layers, rows, options, base, cache_gb)
     return Execution(frozen, (*notes_of(checks), *([note] if note else [])))
 
 
-def patch_like(model: nn.Module, checked: nn.Module) -> None:
-    """Patch a model of the kind and float type of another, which passed its checks, as that one is patched."""
-    if kernels.in_use(checked):
+@dataclass(frozen=True)
+class Patches:
+    """The patches that a model has (see patches.py), for another model of its kind and float type."""
+
+    kernels: bool
+    backbone: bool
+
+
+def patches_of(model: nn.Module) -> Patches:
+    """The patches of a model that passed its checks."""
+    return Patches(kernels.in_use(model), is_narrowed(model))
+
+
+def patch(model: nn.Module, known: Patches) -> None:
+    """Put on a model the patches that one of its kind and float type was checked with."""
+    if known.kernels:
         patches.patch_kernels(model)
-    if is_narrowed(checked):
+    if known.backbone:
         patches.patch_backbone(model)
 
 

@@ -95,15 +95,16 @@ def _fixed() -> Fixed:
     machine = platform.machine()
     if machine not in _FIXED:
         raise ValueError(f"portable numerics are not known for {machine}: set model.numerics=native")
-    if missing := _FIXED[machine].needs - _processor_flags():
+    if missing := _FIXED[machine].needs - processor_flags():
+        named = " and ".join(sorted(missing)).upper().replace(" AND ", " and ")
         raise ValueError(
-            f"portable numerics need a processor with {' and '.join(sorted(missing)).upper()}, which this one lacks: "
-            "set model.numerics=native"
+            f"portable numerics need a processor with {named}, which this one lacks: set model.numerics=native"
         )
     return _FIXED[machine]
 
 
-def _processor_flags() -> set[str]:
+def processor_flags() -> set[str]:
+    """What /proc/cpuinfo says that the processor has; nothing where it says it otherwise."""
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith("flags"):
             return set(line.partition(":")[2].split())

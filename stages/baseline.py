@@ -16,12 +16,10 @@ import typer
 
 from stages.base.manifest import locate, read_manifest
 from stages.cli import console
+from stages.cli.settings import load_settings
 from stages.files import hashes, outputs
 from stages.params import schema
-from stages.params.loading import load_params
 from stages.prompting.prompts import Prompts
-from stages.questions.general import general_rows
-from stages.questions.rows import questions_of
 from stages.readers import find
 from stages.readers.rows import RawRow, strict
 from stages.templating.tokenizer import load_tokenizer
@@ -51,11 +49,14 @@ def baseline(
     It depends on no parameter of training: an experiment finds it done. Under `mlx.launch` its processes share out the
     rows; the first of them answers, talks and writes.
     """
+    settings = load_settings(params_file, overrides)
     from stages.decoding.answers import answers_of, with_answers
     from stages.decoding.decode import load_decoder
     from stages.lora.execution import set_up
     from stages.measuring.scores import rows_table, score_all, with_scores
     from stages.model.load import load_base
+    from stages.questions.general import general_rows
+    from stages.questions.rows import questions_of
     from stages.scoring.ranks import join
     from stages.tables.parquet import write_table
     from stages.tokens.parquet import read_tokens
@@ -64,7 +65,6 @@ def baseline(
     console.follow(ranks.rank)
 
     # Load
-    settings = load_params(params_file, overrides or ())
     trust = settings.model.trust_remote_code
     outputs.refuse_foreign(out, MADE, inputs=[tokens, prompts, general])
     manifest = read_manifest(base_file)

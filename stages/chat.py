@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stages.cli import asking, console
-from stages.params.loading import load_params
+from stages.cli.settings import load_settings
 
 if TYPE_CHECKING:
     from stages.serving.conversation import Conversation
@@ -45,10 +45,10 @@ def chat(
     Questions are rendered as training rendered them: a conversation by the chat template, or each question alone by
     prepare.template. Without a terminal, each line of standard input is answered.
     """
+    settings = load_settings(params_file, overrides)
     from stages.serving.conversation import Conversation
     from stages.serving.models import open_models
 
-    settings = load_params(params_file, overrides or ())
     with console.progress("loading the model"):
         models = open_models(settings, merged=merged, manifest=manifest, base=base, adapters=adapters or ())
         if adapters and not base:

@@ -13,9 +13,9 @@ import typer
 
 from stages.base.manifest import Manifest, locate, read_manifest
 from stages.cli import console
+from stages.cli.settings import load_settings
 from stages.files import outputs
 from stages.params import schema
-from stages.params.loading import load_params
 
 _BASE = Path("artifacts/base.json")
 GGUF = "gguf"
@@ -42,6 +42,7 @@ def convert(
     The format of PATH is known by its files. The base model, where it is on this machine, is what the adapter's
     modules and shapes are checked against.
     """
+    settings = load_settings(params_file, overrides)
     from stages.adapters import find
     from stages.formats.base import open_base
     from stages.formats.export import FORMATS, export
@@ -50,7 +51,6 @@ def convert(
         raise ValueError(f"--to {to}: no such format; there are: {', '.join((*FORMATS, GGUF))}")
     if out.suffix in (".npz", ".safetensors", ".gguf"):
         raise ValueError(f"--out {out}: name a folder; the files in it get the names that their readers know")
-    settings = load_params(params_file, overrides or ())
     manifest = read_manifest(base_file) if base_file.exists() or base_file != _BASE else None
     if to == GGUF:
         _to_gguf(path, out, manifest, settings, dtype=dtype)

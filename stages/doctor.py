@@ -8,25 +8,29 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from stages.base import store
 from stages.cli import console
+from stages.cli.settings import load_settings
 from stages.cli.versions import describe_difference
-from stages.model import blas
+from stages.params.loading import PARAMS_FILE, ParamsError
 
 GB = 1e9
 
 
 def doctor() -> None:
-    """Show MLX and its device, the BLAS and its speed, compiler, memory, disk, DVC, git, and the base-model store."""
+    """Show MLX and its device, BLAS, numerics and speed, compiler, memory, disk, DVC, git, and the base-model store."""
+    with suppress(ParamsError):  # another command's to complain about
+        load_settings(PARAMS_FILE, None)
     with console.progress("looking around"):
         rows = list(_findings())
     console.table("This machine", ("", "found"), rows, numeric=False)
 
 
 def _findings() -> Iterator[tuple[str, str]]:
-    import stages.model  # noqa: F401  the BLAS comes before MLX
+    from stages.model import blas, numerics  # the BLAS comes before MLX
     import mlx.core as mx  # isort: skip
 
     yield (
@@ -38,6 +42,7 @@ def _findings() -> Iterator[tuple[str, str]]:
         "BLAS",
         blas.loaded() or ("none: MLX's own reference BLAS" if blas.is_needed() else "MLX's own (none is needed)"),
     )
+    yield "numerics", f"{numerics.settled()}: {numerics.describe(numerics.in_use())}"
     yield "matrix product", f"{_gflops():,.0f} GFLOP/s in float32"
     yield "C++ compiler", shutil.which("g++") or shutil.which("clang++") or "none: mx.compile falls back on a CPU"
     yield "memory", f"{_memory() / GB:,.1f} GB"
@@ -71,6 +76,8 @@ def _memory() -> int:
 
 
 def _version(distribution: str) -> str:
+    from stages.model import blas
+
     return blas.installed_version(distribution) or "not installed"
 
 

@@ -17,9 +17,9 @@ import typer
 
 from stages.base.manifest import Manifest, locate, read_manifest
 from stages.cli import console
+from stages.cli.settings import load_settings
 from stages.files import hashes, outputs
 from stages.params import schema
-from stages.params.loading import load_params
 
 if TYPE_CHECKING:
     from stages.decoding.decode import Answer
@@ -56,7 +56,9 @@ def evaluate(
 
     Under `mlx.launch` its processes share out the rows; the first of them answers, talks and writes.
     """
+    settings = load_settings(params_file, overrides)
     from stages.lora import adapter_files
+    from stages.model import numerics
     from stages.model.load import require_merged
     from stages.results import summary
     from stages.scoring.ranks import join
@@ -66,7 +68,6 @@ def evaluate(
     console.follow(ranks.rank)
 
     # Load
-    settings = load_params(params_file, overrides or ())
     outputs.refuse_foreign(out, MADE, inputs=[tokens, adapter_dir, baseline, merged_dir])
     manifest = read_manifest(base_file)
     rows = read_tokens(tokens / "test.parquet", tokenizer=manifest.tokenizer_identity)
@@ -92,7 +93,7 @@ def evaluate(
     numbers = summary.summarize(tables, settings.evaluate, max_tokens=settings.generate.max_tokens)
     with outputs.replacing(out) as draft:
         _write_tables(draft, tables, manifest.identity)
-    outputs.write_json(details, numbers)
+    outputs.write_json(details, numbers | {"numerics": numerics.in_use()})
     outputs.write_json(metrics, summary.headline(numbers))
     outputs.write_json(timing, {"adapter_tokens_per_second": adapter_rate, "merged_tokens_per_second": merged_rate})
     for title, header, lines in summary.shown(numbers):

@@ -16,9 +16,9 @@ import typer
 
 from stages.base.manifest import read_manifest
 from stages.cli import asking, console
+from stages.cli.settings import load_settings
 from stages.files import outputs
 from stages.params import schema
-from stages.params.loading import load_params
 from stages.prompting.prompts import Prompts
 from stages.readers import find
 from stages.readers.rows import strict
@@ -73,7 +73,7 @@ def generate(
     )
     if prompt is None and (options or adapters or base):
         raise ValueError("--adapter, --base and the options of an answer go with --prompt; for files: --set generate.…")
-    settings = load_params(params_file, [*(overrides or ()), *options])
+    settings = load_settings(params_file, [*(overrides or ()), *options])
     if prompt is not None:
         _ask(prompt, settings, merged=merged, manifest=manifest, base=base, adapters=adapters or ())
         return

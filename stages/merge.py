@@ -16,9 +16,9 @@ import typer
 
 from stages.base.manifest import CODE_FILES, MODEL_FILES, Manifest, locate, read_manifest
 from stages.cli import console
+from stages.cli.settings import load_settings
 from stages.files import outputs
 from stages.params import schema
-from stages.params.loading import load_params
 
 if TYPE_CHECKING:
     from stages.merging.agreement import Agreement
@@ -37,7 +37,7 @@ def merge(
     overrides: console.Overrides = None,
 ) -> None:
     """Write base + adapter as one model; read it back and prove that the adapter survived, or fail."""
-    settings = load_params(params_file, overrides or ())
+    settings = load_settings(params_file, overrides)
     outputs.refuse_foreign(out, (*MODEL_FILES, *CODE_FILES), inputs=[adapter_dir, tokens])
     manifest = read_manifest(base_file)
     parts = _parts(adapter_dir, settings.merge, manifest)

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stages.cli import console
-from stages.corpus.corpus import REASONS, Report, write_corpus
 from stages.files import outputs
 from stages.params.loading import load_params
 from stages.prepared.splits import SPLITS
 from stages.readers import find as readers
 from stages.schemas.text import listed
+
+if TYPE_CHECKING:
+    from stages.corpus.corpus import Report
 
 _COLUMNS = (*SPLITS, "all")
 
@@ -42,6 +44,8 @@ def prepare(
     A file or folder called train, valid (validation, dev) or test keeps its split. Elsewhere a row's split follows from
     its own text (or its group) and `prepare.seed`: with fractions, adding rows moves none of the old ones.
     """
+    from stages.corpus.corpus import write_corpus
+
     started = time.perf_counter()
     options = load_params(params_file, overrides or ()).prepare
     raw = raw or [Path("data/raw")]
@@ -62,6 +66,8 @@ def prepare(
 
 
 def _tell(report: Report, ledger: dict[str, dict[str, int]], out: Path, seconds: float) -> None:
+    from stages.corpus.corpus import REASONS
+
     for name, unread in report.unread.items():
         console.say(f"{name}: {report.schemas.get(name, 'no row is used')}")
         if unread:

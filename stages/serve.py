@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from stages.cli import asking, console
-from stages.params.loading import load_params
+from stages.cli.settings import load_settings
 
 KEY_VARIABLE = "LORABUILD_API_KEY"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -39,11 +39,11 @@ def serve(
     Requests name one of the models at /v1/models. What a request leaves open, the section `generate` of params.yaml
     says. With LORABUILD_API_KEY in the environment, clients must send that key.
     """
+    settings = load_settings(params_file, overrides)
     from stages.serving.generation import Provider
     from stages.serving.models import open_models
     from stages.serving.server import Server
 
-    settings = load_params(params_file, overrides or ())
     key = os.environ.get(KEY_VARIABLE) or None
     os.environ["HF_HUB_OFFLINE"] = "1"
     asked_to_stop = _stop_requests()

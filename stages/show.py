@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from stages.cli import console
+from stages.cli.settings import load_settings
 from stages.files.outputs import read_json
+from stages.params.loading import PARAMS_FILE, ParamsError
 
 _REMEDY = "make it with: dvc repro"
 
@@ -18,6 +21,8 @@ def show(
     report: Annotated[Path, typer.Option(help="The page that report wrote.")] = Path("artifacts/report/index.html"),
 ) -> None:
     """Print what evaluate found, base model beside adapter: tables, then the sentence with its 95% interval."""
+    with suppress(ParamsError):  # numbers can be shown without any
+        load_settings(PARAMS_FILE, None)
     from stages.results import summary
 
     numbers = read_json(details, _REMEDY)
@@ -30,5 +35,19 @@ def show(
     console.say(sentence)
     if power:
         console.say(power)
+    if difference := _difference(numbers.get("numerics")):
+        console.note(difference)
     if report.exists():
         console.say(f"The answers, side by side, and all the rest: {report}")
+
+
+def _difference(made: Any) -> str | None:
+    """Say why a rebuild here can end in other bytes than these numbers; None if nothing is known that would."""
+    from stages.model import numerics
+
+    if not isinstance(made, dict) or made == (here := numerics.in_use()):
+        return None
+    return (
+        f"computed with {numerics.describe(made)}; here computes {numerics.describe(here)}: "
+        "a rebuild can differ in the last digits"
+    )

@@ -10,21 +10,23 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stages.base.manifest import Manifest, check_token_id, locate, read_manifest
 from stages.cli import console
-from stages.encoding.encoder import Encoded, Encoder
-from stages.encoding.lengths import Tally, fallback_ids
 from stages.files import outputs
 from stages.params import schema
 from stages.params.loading import load_params
 from stages.prepared.row import read_prepared
 from stages.prepared.splits import SPLITS
 from stages.templating.tokenizer import load_tokenizer
-from stages.tokens.row import TokenRow
+
+if TYPE_CHECKING:
+    from stages.encoding.encoder import Encoded, Encoder
+    from stages.encoding.lengths import Tally
+    from stages.tokens.row import TokenRow
 
 _COLUMNS = (*SPLITS, "all")
 
@@ -47,6 +49,8 @@ def tokenize(
 
     Look at the result with `python -m stages inspect data/tokens/train.parquet --row 3`.
     """
+    from stages.encoding.encoder import Encoder
+    from stages.encoding.lengths import Tally, fallback_ids
     from stages.tokens.parquet import write_tokens
 
     settings = load_params(params_file, overrides or ())

@@ -14,9 +14,9 @@ import typer
 from stages.base import store
 from stages.base.manifest import Manifest, locate, read_manifest
 from stages.cli import console, interrupts
+from stages.cli.settings import load_settings
 from stages.files import hashes, outputs
 from stages.params import schema
-from stages.params.loading import load_params
 
 if TYPE_CHECKING:
     from stages.lora.execution import Execution
@@ -51,6 +51,7 @@ def train(
 
     Under `mlx.launch` its processes share out each update's rows; the first of them talks and writes.
     """
+    settings = load_settings(params_file, overrides)
     from stages.lora import adapter
     from stages.lora.execution import set_up
     from stages.scoring.ranks import join
@@ -66,7 +67,6 @@ def train(
     console.follow(ranks.rank)
 
     # Load
-    settings = load_params(params_file, overrides or ())
     outputs.refuse_foreign(out, ["adapters.safetensors", "adapter_config.json"], inputs=[tokens])
     manifest = read_manifest(base_file)
     splits = {name: tokens / f"{name}.parquet" for name in ("train", "valid")}
@@ -237,6 +237,7 @@ def _write(
 ) -> None:
     """The adapter, its curves and its metrics."""
     from stages.lora import adapter
+    from stages.model import numerics
     from stages.training import record
 
     trainer.finish()
@@ -245,7 +246,7 @@ def _write(
     for name, text in record.curves(trainer.progress).items():
         outputs.write_text(plots / name, text)
     summary = record.summary(trainer)
-    outputs.write_json(details, summary)
+    outputs.write_json(details, summary | {"numerics": numerics.in_use()})
     outputs.write_json(metrics, {"valid_loss": summary["valid_loss"]} if "valid_loss" in summary else {})
     outputs.write_json(timing, throughput.figures(padded_share=trainer.progress.total.padded_share))
     console.table(f"Training → {out}", ("", "value"), ((name.replace("_", " "), v) for name, v in summary.items()))

@@ -24,7 +24,7 @@ from stages.lora.frozen import FrozenLayers, embedded
 from stages.lora.selfcheck import Check, compare
 from stages.lora.state_cache import StateCache, evict
 from stages.lora.targets import frozen_layers
-from stages.model import blas
+from stages.model import numerics
 from stages.model.load import floating_dtype
 from stages.params import schema
 from stages.tokens.row import TokenRow
@@ -140,7 +140,7 @@ def _fingerprint(model: nn.Module, layers: int, base: str) -> str:
         "layers": layers,
         "dtype": str(floating_dtype(model)),
         "device": str(mx.default_device()),
-        "blas": Path(blas.loaded() or "").name,
+        "numerics": numerics.machine(),
         "cpu_kernels": kernels.in_use(model),
     }
     # Loading belongs to it: states follow from how weights were dequantised and rounded.

@@ -25,6 +25,7 @@ class Model(Section):
     trust_remote_code: bool
     cpu_kernels: bool
     cache_frozen: Literal["auto", "on", "off"]
+    numerics: Literal["portable", "native"]
 
 
 class Prepare(Section):

@@ -1,8 +1,9 @@
 """Checkpoints: a run's snapshots on disk, whole or not there, that only the same run takes up again.
 
 A run's folder is named by its fingerprint, a digest of everything that shapes the result: parameters, token bytes, base
-model, code, versions and device. In it lie the last two snapshots, `step-00000040/` with arrays.safetensors,
-progress.json and SHA256SUMS, and the lock that keeps a second process out.
+model, code and versions, and then of what rounds it: device and numerics. In it lie the last two snapshots,
+`step-00000040/` with arrays.safetensors, progress.json and SHA256SUMS; numerics.json; and the lock that keeps a second
+process out.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from stages.files.hashes import digest_of, sha256
 from stages.files.outputs import replacing
 from stages.lora import code
 from stages.lora.arrays import write_arrays
-from stages.model import blas
+from stages.model import numerics
 from stages.scoring.ranks import ALONE, Ranks
 from stages.training.progress import Snapshot
 
 KEPT = 2
 _ARRAYS, _PROGRESS, _SUMS = "arrays.safetensors", "progress.json", "SHA256SUMS"
+_NUMERICS = "numerics.json"
+_RUN = 24  # characters of a fingerprint that name the run, whatever rounds it
 
 
 class BusyError(Exception):
@@ -40,11 +43,15 @@ def fingerprint(ranks: Ranks = ALONE, **parts: Any) -> str:
     Raises:
         ValueError: another rank's is not the same.
     """
-    machine = {"device": str(mx.default_device()), "blas": Path(blas.loaded() or "").name}
-    parts |= code.fingerprint("stages.train") | {"machine": machine}
-    ranks.check_equal(parts)
+    parts |= code.fingerprint("stages.train")
+    ranks.check_equal(parts | {"numerics": (rounding := _rounding())})
     # Sums round differently in another number of parts.
-    return digest_of(parts | ({"ranks": ranks.size} if ranks.size > 1 else {}))[:32]
+    run = digest_of(parts | ({"ranks": ranks.size} if ranks.size > 1 else {}))
+    return run[:_RUN] + digest_of(rounding)[:8]
+
+
+def _rounding() -> dict[str, Any]:
+    return {"device": str(mx.default_device())} | numerics.machine()
 
 
 class Checkpoints:
@@ -73,7 +80,15 @@ class Checkpoints:
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
+            (self.folder / _NUMERICS).write_text(json.dumps(_rounding()), encoding="utf-8")
             yield
+
+    def elsewhere(self) -> dict[str, Any] | None:
+        """What rounded a snapshot of this very run that other numerics made, if there is one: it is not taken up."""
+        for folder in sorted(self.folder.parent.glob(f"{self.folder.name[:_RUN]}*")):
+            if folder != self.folder and any(folder.glob("step-*")) and (folder / _NUMERICS).exists():
+                return cast(dict[str, Any], json.loads((folder / _NUMERICS).read_text(encoding="utf-8")))
+        return None
 
     def save(self, snapshot: Snapshot) -> None:
         """Write a snapshot beside the others, all of it on the disk before it gets its name; drop the oldest."""

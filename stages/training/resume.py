@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+from stages.model import numerics
 from stages.scoring.ranks import Ranks
 from stages.training.checkpoint import BusyError, Checkpoints
 from stages.training.loop import Trainer
@@ -67,6 +68,11 @@ def _take_up(trainer: Trainer, checkpoints: Checkpoints, tell: Tell) -> None:
     if snapshot is not None:
         trainer.restore(snapshot)
         tell(f"going on after step {trainer.progress.step}")
+    elif other := checkpoints.elsewhere():
+        tell(
+            f"beginning anew: a checkpoint of this run was made with {numerics.describe(other)}, here computes "
+            f"{numerics.describe(numerics.in_use())}; to go on from it, use its machine or its model.numerics"
+        )
 
 
 def _any_request(own: StopRequest, ranks: Ranks) -> StopRequest:

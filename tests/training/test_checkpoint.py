@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from stages.model import numerics
 from stages.training import checkpoint
 from stages.training.checkpoint import BusyError, Checkpoints, fingerprint
 from stages.training.progress import Snapshot
@@ -113,3 +114,22 @@ def test_the_fingerprint_follows_parts_and_code(monkeypatch: pytest.MonkeyPatch)
     assert first != fingerprint(params={"a": 1, "b": 3})
     monkeypatch.setattr("stages.lora.code.sha256", lambda path: "another code")
     assert first != fingerprint(params={"a": 1, "b": 2})
+
+
+def test_other_numerics_name_another_folder_of_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = fingerprint(params={"a": 1})
+    monkeypatch.setattr(numerics, "machine", lambda: numerics.in_use() | {"blas_threads": 64})
+    other = fingerprint(params={"a": 1})
+    assert first != other
+    assert first[:24] == other[:24]
+
+
+def test_snapshot_of_other_numerics_is_named_and_not_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there, here, another_run = (Checkpoints(tmp_path, name) for name in ("a" * 24 + "1", "a" * 24 + "2", "b" * 25))
+    with monkeypatch.context() as patch:
+        patch.setattr(numerics, "machine", lambda: numerics.in_use() | {"blas_kernel": "SkylakeX"})
+        with there.locked():
+            there.save(snapshot(1))
+    assert here.latest()[0] is None
+    assert (found := here.elsewhere()) and found["blas_kernel"] == "SkylakeX"
+    assert there.elsewhere() is None and another_run.elsewhere() is None

@@ -1,0 +1,193 @@
+"""What rounds a result on a Linux CPU: OpenBLAS's kernel and threads, and NumPy's vector loops.
+
+A library that chooses them by the processor gives other last bits on another one. `settle("portable")` fixes them to
+what every x86-64 with AVX2 has, so that all of these give the same bytes, whatever their number of cores;
+`settle("native")` leaves them to the libraries and to the user's environment. macOS and CUDA have nothing to fix.
+
+Both libraries read their settings from the environment when they are loaded, and never again: so a process is settled
+once, before it imports NumPy or MLX. The first import of `stages.model` does so, by `$LORABUILD_NUMERICS`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.model import blas
+
+VARIABLE = "LORABUILD_NUMERICS"
+PORTABLE, NATIVE = "portable", "native"
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What portable numerics are on one kind of machine."""
+
+    kernel: str  # OpenBLAS's name for it
+    numpy_off: str  # NumPy's names of what only some of these machines have
+    needs: frozenset[str]  # flags of /proc/cpuinfo
+
+    def environment(self) -> dict[str, str]:
+        """The variables that the libraries read."""
+        # One thread: Haswell's kernel adds up in another order for another number of them.
+        return {
+            "OPENBLAS_CORETYPE": self.kernel,
+            "OPENBLAS_NUM_THREADS": "1",
+            "NPY_DISABLE_CPU_FEATURES": self.numpy_off,
+        }
+
+
+_FIXED = {
+    "x86_64": Fixed("Haswell", "X86_V4 AVX512_ICL AVX512_SPR", frozenset({"avx2", "fma"})),
+    "aarch64": Fixed("ARMV8", "ASIMDHP ASIMDDP ASIMDFHM SVE", frozenset()),
+}
+# What else steers the two libraries; a value of the user's would count beside the fixed ones.
+_STEERING = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "NPY_DISABLE_CPU_FEATURES", "NPY_ENABLE_CPU_FEATURES")
+_settled: str | None = None
+
+
+def settle(choice: str) -> None:
+    """Load OpenBLAS and NumPy by `choice`, once in a process; warn where it comes too late.
+
+    Raises:
+        ValueError: there is no such choice, this processor lacks what it takes, or a library cannot serve.
+    """
+    global _settled
+    if choice not in (PORTABLE, NATIVE):
+        raise ValueError(f"{VARIABLE}={choice}: set it to {PORTABLE} or {NATIVE}")
+    if _settled is not None:
+        if choice != _settled and blas.is_needed():
+            warnings.warn(f"this process began with {_settled} numerics, and keeps them", stacklevel=2)
+        return
+    fixed = _fixed() if choice == PORTABLE and blas.is_needed() else None
+    if fixed is None:
+        blas.preload()
+    else:
+        if "numpy" in sys.modules and _dispatched() != _dispatched(without=fixed.numpy_off.split()):
+            warnings.warn("NumPy was imported before stages.model, and keeps this processor's own loops", stacklevel=2)
+        with _environment(fixed.environment()):
+            blas.preload()
+            import numpy  # noqa: F401  now, while it finds the variables
+        _check(fixed)
+    _settled = choice
+
+
+def settled() -> str | None:
+    """What this process was settled to."""
+    return _settled
+
+
+def _fixed() -> Fixed:
+    """What is fixed on this machine.
+
+    Raises:
+        ValueError: nothing can be, or the processor lacks what it takes.
+    """
+    machine = platform.machine()
+    if machine not in _FIXED:
+        raise ValueError(f"portable numerics are not known for {machine}: set model.numerics=native")
+    if missing := _FIXED[machine].needs - processor_flags():
+        named = " and ".join(sorted(missing)).upper().replace(" AND ", " and ")
+        raise ValueError(
+            f"portable numerics need a processor with {named}, which this one lacks: set model.numerics=native"
+        )
+    return _FIXED[machine]
+
+
+def processor_flags() -> set[str]:
+    """What /proc/cpuinfo says that the processor has; nothing where it says it otherwise."""
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("flags"):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+def _check(fixed: Fixed) -> None:
+    """Warn where a library went its own way: another BLAS, say, or one without the kernel."""
+    found = openblas()
+    if blas.loaded() and (found.get("kernel"), found.get("threads")) != (fixed.kernel, 1):
+        warnings.warn(
+            f"{blas.loaded()}: not OpenBLAS's {fixed.kernel} kernel with 1 thread, so the bytes are this machine's own",
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """These variables in place of the user's own, for a while; what other processes inherit stays as it was."""
+    before = {name: os.environ.pop(name) for name in _STEERING if name in os.environ}
+    for name in sorted(name for name in before if before[name] != values.get(name)):
+        warnings.warn(
+            f"{name}={before[name]} is set aside, for model.numerics: portable; native heeds it", stacklevel=4
+        )
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del os.environ[name]
+        os.environ.update(before)
+
+
+# --- What computes ---
+
+
+def in_use() -> dict[str, Any]:
+    """What rounds this process's results: equal on two machines, and the bytes are, if their C libraries are, too."""
+    import numpy
+
+    found: dict[str, Any] = {"mlx": blas.installed_version("mlx"), "numpy": numpy.__version__}
+    return found | {"vector_code": _dispatched()} | {f"blas_{name}": value for name, value in openblas().items()}
+
+
+def machine() -> dict[str, Any]:
+    """`in_use`, and what else of this machine has a say: what is made under one is never mixed with another's."""
+    return in_use() | {"c_library": " ".join(platform.libc_ver()), "processor": platform.machine()}
+
+
+def openblas() -> dict[str, Any]:
+    """Version, kernel and threads of the OpenBLAS under MLX; of another library its name; nothing if none was loaded.
+
+    Source: OpenBLAS's `cblas.h`.
+    """
+    path = blas.loaded()
+    if path is None:
+        return {}
+    library = ctypes.CDLL(path)
+    for prefix in ("scipy_", ""):
+        if hasattr(library, f"{prefix}openblas_get_corename"):
+            core, config = (getattr(library, f"{prefix}openblas_get_{name}") for name in ("corename", "config"))
+            core.restype = config.restype = ctypes.c_char_p
+            version = " ".join(config().decode().split()[:2])
+            threads = getattr(library, f"{prefix}openblas_get_num_threads")()
+            return {"version": version, "kernel": core().decode(), "threads": threads}
+    return {"version": Path(path).name}
+
+
+def describe(found: Mapping[str, Any]) -> str:
+    """`in_use` in a line, such as `OpenBLAS 0.3.30 Haswell, 1 thread; NumPy 2.4.6 X86_V3; MLX 0.32.4`."""
+    parts = []
+    if "blas_version" in found:
+        kernel = [found["blas_kernel"]] if "blas_kernel" in found else []
+        threads = found.get("blas_threads")
+        counted = [f"{threads} thread{'s' if threads != 1 else ''}"] if threads else []
+        parts.append(", ".join([" ".join([found["blas_version"], *kernel]), *counted]))
+    parts.append(" ".join(["NumPy", str(found.get("numpy")), *found.get("vector_code", [])]))
+    return "; ".join([*parts, f"MLX {found.get('mlx')}"])
+
+
+def _dispatched(without: list[str] | None = None) -> list[str]:
+    """The processor features above its baseline that NumPy's loops use here, in NumPy's order."""
+    umath: Any = importlib.import_module("numpy._core._multiarray_umath")  # as numpy.show_runtime does
+
+    found = [name for name in umath.__cpu_dispatch__ if umath.__cpu_features__.get(name)]
+    return [name for name in found if name not in (without or [])]

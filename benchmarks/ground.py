@@ -9,6 +9,7 @@ batch.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ TRAINING: dict[str, Any] = {
     "max_length": 512,
 }
 SEED, EPOCHS = 0, 2
+ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 
 
 def make(
@@ -149,10 +151,27 @@ def write_start(folder: Path, lora: dict[str, Any]) -> None:
     from stages.model.load import load_base
 
     model, _ = load_base(folder / "float32", dtype="float32")
-    keys = tuple(f"self_attn.{name}" for name in lora["modules"])
+    keys = tuple(f"{'mlp' if name in MLP else 'self_attn'}.{name}" for name in lora["modules"])
     config = lora_config.LoraConfig(lora["rank"], lora["scale"], 0.0, keys, lora["layers"], "lora")
     adapter.attach(model, config, seed=SEED)
     adapter.save(folder / "start", model, config)
+
+
+def write_random(folder: Path, model: Any, config: dict[str, Any]) -> None:
+    """A model as it was made, with a tokenizer of two tokens: rows of ids need no more."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder.mkdir()
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(models.WordLevel({"<|unknown|>": 0, "<|end|>": 1}, unk_token="<|unknown|>"))  # noqa: S106
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # a text has a token a word
+    tokenizer.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "unk_token": "<|unknown|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
 
 
 def our_settings(*, lora: dict[str, Any], training: dict[str, Any], seed: int) -> dict[str, Any]:

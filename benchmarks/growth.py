@@ -99,9 +99,7 @@ def make(folder: Path, shape: dict[str, int]) -> None:
 
 def _write_model(folder: Path, shape: dict[str, int]) -> None:
     import mlx.core as mx
-    from mlx.utils import tree_flatten
     from mlx_lm.models import llama
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
     config = {
         "model_type": "llama",
@@ -121,16 +119,7 @@ def _write_model(folder: Path, shape: dict[str, int]) -> None:
         "torch_dtype": "float32",
     }
     mx.random.seed(0)
-    model = llama.Model(llama.ModelArgs.from_dict(config))
-    folder.mkdir()
-    weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer(models.WordLevel({"<|unknown|>": 0, "<|end|>": 1}, unk_token="<|unknown|>"))  # noqa: S106
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # a text has a token a word
-    tokenizer.save(str(folder / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "unk_token": "<|unknown|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    ground.write_random(folder, llama.Model(llama.ModelArgs.from_dict(config)), config)
 
 
 if __name__ == "__main__":

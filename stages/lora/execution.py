@@ -5,25 +5,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from stages.lora import kernels, patches
 from stages.lora.batches import collate
 from stages.lora.frozen import FrozenLayers, States, embedded, fed
 from stages.lora.frozen_cache import open_frozen
-from stages.lora.head import backbone_of, head_logits, hidden_at, is_narrowed, logits_at
+from stages.lora.head import backbone_of, head_logits, hidden_at, is_narrowed, is_plain_head, logits_at
 from stages.lora.selfcheck import Check, Results, compare, notes_of
 from stages.lora.targets import frozen_layers
 from stages.params import schema
 from stages.tokens.row import TokenRow
 
 _KERNEL_TOKENS = 64  # of each row that the kernels' check looks at
+_KERNEL_POSITIONS = 4  # of all rows together, whose logits it looks at: MLX takes long over a wide vocabulary
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ def patch(model: nn.Module, known: Patches) -> None:
         patches.patch_kernels(model)
     if known.backbone:
         patches.patch_backbone(model)
+        model.has_plain_head = getattr(checked, "has_plain_head", False)
 
 
 # --- CPU kernels ---
@@ -134,20 +138,47 @@ def _skipped(model: nn.Module, frozen: int, tokens_BxL: mx.array) -> States | No
 
 
 def _logits_and_gradient(model: nn.Module, tokens_BxL: mx.array, skipped: States | None) -> Results:
-    """Logits, and the gradient of a loss on them by all that is trainable."""
+    """Logits at a few positions spread over all tokens, and the gradient of a loss on them by all that is trainable.
 
-    def logits() -> mx.array:
+    Every token enters them, for the last position sees its whole row.
+    """
+    positions_N = mx.array(np.linspace(0, tokens_BxL.size - 1, _KERNEL_POSITIONS).astype(np.int32))
+
+    def loss(tokens_BxL: mx.array) -> tuple[mx.array, mx.array]:
         with fed(model, skipped):
-            return model(tokens_BxL)
+            logits_NxV = _logits_at(model, tokens_BxL, positions_N)
+        targets_N = tokens_BxL.reshape(-1)[positions_N]
+        return nn.losses.cross_entropy(logits_NxV, targets_N).mean(), logits_NxV
 
-    def loss(tokens_BxL: mx.array) -> mx.array:
-        return nn.losses.cross_entropy(logits(), tokens_BxL).mean()
-
-    results: dict[str, Any] = {"logits": logits()}
     if tree_flatten(model.trainable_parameters()):
-        results["gradient"] = nn.value_and_grad(model, loss)(tokens_BxL)[1]
+        (_, logits_NxV), gradient = nn.value_and_grad(model, loss)(tokens_BxL)
+        results: dict[str, Any] = {"logits": logits_NxV, "gradient": gradient}
+    else:
+        results = {"logits": loss(tokens_BxL)[1]}
     mx.eval(results)  # now: the model's code may be replaced after this
     return results
+
+
+@contextmanager
+def _narrowed(model: nn.Module) -> Iterator[None]:
+    """For a while, let a head that seems to be apart see chosen positions only: whether it is, is found out later."""
+    if backbone_of(model) is None or is_narrowed(model):
+        yield
+        return
+    patches.patch_backbone(model)
+    try:
+        yield
+    finally:
+        patches.unpatch_backbone(model)
+
+
+def _logits_at(model: nn.Module, tokens_BxL: mx.array, positions_N: mx.array) -> mx.array:
+    """Logits at flattened positions, (N, V), the others not computed if the model lets itself be narrowed."""
+    try:
+        with _narrowed(model):
+            return logits_at(model, tokens_BxL, positions_N)
+    except Exception:  # whatever an unknown model trips over
+        return model(tokens_BxL).reshape(tokens_BxL.size, -1)[positions_N]
 
 
 # --- Head at chosen positions ---
@@ -181,4 +212,6 @@ def narrow_head(model: nn.Module, *, frozen: int = 0) -> Check:
     check = compare(model, name, plain, narrowed)
     if not check.passed:
         patches.unpatch_backbone(model)
+    else:
+        model.has_plain_head = kernels.in_use(model) and is_plain_head(model)
     return check

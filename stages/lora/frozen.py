@@ -8,7 +8,7 @@ they are the same bits in any batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,9 @@ import numpy as np
 from stages.lora.state_cache import StateCache
 from stages.model.phi3 import LongRoPE
 from stages.tokens.row import TokenRow
+
+# (model, tokens (1, L)) → something of each token, (L, ...).
+Readout = Callable[[nn.Module, mx.array], mx.array]
 
 _CHECK_TOKENS = 128  # of each row that the start-up check looks at
 
@@ -112,12 +115,12 @@ class FrozenLayers:
         """
         return [self._row_states(row.input_ids[:-1])[:_CHECK_TOKENS] for row in rows]
 
-    def logits(self, rows: Sequence[TokenRow], states: Sequence[mx.array] | None = None) -> mx.array:
-        """The model's logits on the first tokens of rows, all one after another, (tokens, V); or from their states."""
+    def run_on(self, rows: Sequence[TokenRow], read: Readout, states: Sequence[mx.array] | None = None) -> mx.array:
+        """What `read` makes of the first tokens of rows, one after another, (tokens, ...); or of their states."""
         found = []
         for i, row in enumerate(rows):
             with fed(self.model, None if states is None else States(self.layers, states[i][None])):
-                found.append(self.model(mx.array(row.input_ids[None, :-1][:, :_CHECK_TOKENS]))[0])
+                found.append(read(self.model, mx.array(row.input_ids[None, :-1][:, :_CHECK_TOKENS])))
         return mx.concatenate(found)
 
     def _row_states(self, ids_L: np.ndarray) -> mx.array:

@@ -21,6 +21,7 @@ from stages.base import store
 from stages.files.hashes import digest_of
 from stages.lora import code, kernels
 from stages.lora.frozen import FrozenLayers, embedded
+from stages.lora.head import hidden_at, is_narrowed
 from stages.lora.selfcheck import Check, compare
 from stages.lora.state_cache import StateCache, evict
 from stages.lora.targets import frozen_layers
@@ -75,7 +76,10 @@ def frozen_identity(model: nn.Module, adapted: Iterable[str]) -> str:
 
 
 def check_frozen(frozen: FrozenLayers, rows: Sequence[TokenRow]) -> Check:
-    """Compare the logits from the states of frozen layers, cached ones if there are any, with the plain model's."""
+    """Compare what the head sees from the states of frozen layers, kept ones if there are any, with the plain model's.
+
+    Logits where the head is not apart.
+    """
     name = "model.cache_frozen"
     try:
         # First of all: what a layer leaves behind for a later one must not be there when the states are used.
@@ -85,9 +89,17 @@ def check_frozen(frozen: FrozenLayers, rows: Sequence[TokenRow]) -> Check:
     return compare(
         frozen.model,
         name,
-        lambda: {"logits": frozen.logits(rows)},
-        lambda: {"logits": frozen.logits(rows, states)},
+        lambda: {"logits": frozen.run_on(rows, _before_head)},
+        lambda: {"logits": frozen.run_on(rows, _before_head, states)},
     )
+
+
+def _before_head(model: nn.Module, tokens_1xL: mx.array) -> mx.array:
+    """What a narrowed model's head sees, (L, D), from which its logits follow; of another the logits, (L, V)."""
+    if not is_narrowed(model):
+        logits_1xLxV: mx.array = model(tokens_1xL)
+        return logits_1xLxV[0]
+    return hidden_at(model, tokens_1xL, mx.arange(tokens_1xL.shape[1]))
 
 
 def _verify(frozen: FrozenLayers, rows: Sequence[TokenRow]) -> Check:

@@ -13,11 +13,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from stages.lora.frozen import embedded, fed
 
 Detour = Callable[[Callable[[], mx.array]], mx.array]
+_PRODUCT_TOLERANCE = 1e-4  # of the largest logit
 _BACKBONES = ("model", "transformer", "backbone")
 
 
@@ -54,6 +56,45 @@ def logits_at(model: nn.Module, tokens_BxL: mx.array, positions_N: mx.array) -> 
     with _on_detour(model, lambda run: _at(run(), positions_N)):
         logits_1xNxV: mx.array = model(tokens_BxL)
     return logits_1xNxV[0]
+
+
+def head_matrix(model: nn.Module) -> mx.array | None:
+    """The matrix (V, D) whose product with hidden states a narrowed model's logits are; None if they are more.
+
+    That they are no more was found at the start (see execution.py), of models that use the CPU kernels alone.
+    """
+    module = _head_module(model) if getattr(model, "has_plain_head", False) else None
+    return None if module is None else module.weight
+
+
+def is_plain_head(model: nn.Module) -> bool:
+    """True if a narrowed model's logits are the product of its head's matrix, of small hidden states and large ones."""
+    module = _head_module(model)
+    if module is None:
+        return False
+    matrix_VxD = module.weight
+    # Large ones find a cap, small ones a term that is added.
+    scales_2x1 = np.array([[0.1], [100.0]], np.float32)
+    hidden_2xD = mx.array(scales_2x1 * np.random.default_rng(0).standard_normal((2, matrix_VxD.shape[1])))
+    hidden_2xD = hidden_2xD.astype(matrix_VxD.dtype)
+    found_2xV, wanted_2xV = hidden_2xD @ matrix_VxD.T, head_logits(model, hidden_2xD)
+    if found_2xV.shape != wanted_2xV.shape:
+        return False
+    off_2 = mx.abs(found_2xV - wanted_2xV).max(axis=-1) / mx.abs(wanted_2xV).max(axis=-1)
+    return bool((off_2 < _PRODUCT_TOLERANCE).all())
+
+
+def _head_module(model: nn.Module) -> Any:
+    """The linear module after the backbone, or the embedding where there is none; None if it is more than a matrix."""
+    owner = model
+    while isinstance(inner := getattr(owner, "language_model", None), nn.Module):
+        owner = inner
+    module: Any = getattr(owner, "lm_head", None)
+    if module is None:
+        tables = [child for child in backbone_of(model).children().values() if isinstance(child, nn.Embedding)]
+        module = max(tables, key=lambda table: len(table.weight), default=None)
+    is_plain = type(module) is nn.Embedding or (type(module) is nn.Linear and "bias" not in module)
+    return module if is_plain else None
 
 
 def head_is_trained(model: nn.Module) -> bool:

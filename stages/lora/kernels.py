@@ -41,23 +41,23 @@ def _suits(*arrays: mx.array) -> bool:
     return on_cpu and all(array.dtype == mx.float32 and array.size > 0 for array in arrays)
 
 
-def _view(array: mx.array) -> Array:
+def view(array: mx.array) -> Array:
     """MLX's own memory, evaluated. Only an array that nobody else has seen yet is written to."""
     return np.array(array, copy=False)
 
 
 def detached(array: mx.array) -> mx.array:
     """A copy that remembers nothing of how it came about, so that what is made of it is not kept for gradients."""
-    return mx.array(_view(array))
+    return mx.array(view(array))
 
 
 def _rows(array: mx.array) -> Array:
     """(…, D) → (rows, D)."""
-    view = _view(array)
-    return view.reshape(-1, view.shape[-1] if view.ndim else 1)
+    content = view(array)
+    return content.reshape(-1, content.shape[-1] if content.ndim else 1)
 
 
-def _each(kernel: Callable[..., None], *arrays: Array) -> None:
+def each(kernel: Callable[..., None], *arrays: Any) -> None:
     """Call `kernel` with the same few rows of all arrays, until all rows are done; large arrays in several threads."""
     count, width = len(arrays[0]), max(1, arrays[0][0].size)
     step = max(1, _CHUNK // width)
@@ -135,7 +135,7 @@ def _activation(forward: Callable[[Array, Array], None], both: Callable[[Array, 
     @mx.custom_function
     def function(x: mx.array) -> mx.array:
         out = mx.zeros(x.shape)
-        _each(forward, _rows(x), _rows(out))
+        each(forward, _rows(x), _rows(out))
         return out
 
     @function.vjp
@@ -146,7 +146,7 @@ def _activation(forward: Callable[[Array, Array], None], both: Callable[[Array, 
             both(x, np.empty_like(x), d_x)
             d_x *= d_out
 
-        _each(kernel, _rows(x), _rows(cotangent), _rows(d_x))
+        each(kernel, _rows(x), _rows(cotangent), _rows(d_x))
         return d_x
 
     return function
@@ -173,7 +173,7 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
         _silu_value(gate, out)
         out *= up
 
-    _each(kernel, _rows(gate), _rows(up), _rows(out))
+    each(kernel, _rows(gate), _rows(up), _rows(out))
     return out
 
 
@@ -188,7 +188,7 @@ def _swiglu_vjp(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.arra
         d_gate *= d_out
         d_up *= d_out
 
-    _each(kernel, _rows(gate), _rows(up), _rows(cotangent), _rows(d_gate), _rows(d_up))
+    each(kernel, _rows(gate), _rows(up), _rows(cotangent), _rows(d_gate), _rows(d_up))
     return d_gate, d_up
 
 
@@ -214,19 +214,19 @@ def _rms_norm(eps: float) -> Any:
 
     @mx.custom_function
     def norm(x: mx.array, weight: mx.array) -> mx.array:
-        out, weight_D = mx.zeros(x.shape), _view(weight)
+        out, weight_D = mx.zeros(x.shape), view(weight)
 
         def kernel(x: Array, out: Array) -> None:
             np.multiply(x, inverse_rms(x), out=out)
             out *= weight_D
 
-        _each(kernel, _rows(x), _rows(out))
+        each(kernel, _rows(x), _rows(out))
         return out
 
     @norm.vjp
     def vjp(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
         x, weight = primals
-        d_x, weight_D = mx.zeros(x.shape), _view(weight)
+        d_x, weight_D = mx.zeros(x.shape), view(weight)
 
         def kernel(x: Array, d_out: Array, d_x: Array) -> None:
             inverse = inverse_rms(x)
@@ -235,7 +235,7 @@ def _rms_norm(eps: float) -> Any:
             d_x -= x * along
             d_x *= inverse
 
-        _each(kernel, _rows(x), _rows(cotangent), _rows(d_x))
+        each(kernel, _rows(x), _rows(cotangent), _rows(d_x))
         # Not computed unless somebody trains the norm.
         unit = x * mx.rsqrt(mx.square(x).mean(axis=-1, keepdims=True) + eps)
         return d_x, (cotangent * unit).reshape(-1, x.shape[-1]).sum(axis=0)
@@ -284,14 +284,14 @@ def _softmax_slope(probabilities: Array, slope: Array) -> None:
 @mx.custom_function
 def _softmax(scores: mx.array) -> mx.array:
     out = detached(scores)
-    _each(_softmax_of, _rows(out))
+    each(_softmax_of, _rows(out))
     return out
 
 
 @_softmax.vjp
 def _softmax_vjp(_: mx.array, cotangent: mx.array, out: mx.array) -> mx.array:
     slope = detached(cotangent)
-    _each(_softmax_slope, _rows(out), _rows(slope))
+    each(_softmax_slope, _rows(out), _rows(slope))
     return slope
 
 
@@ -305,7 +305,7 @@ def softmax(x: mx.array, axis: Any = None, **options: Any) -> mx.array:
 @mx.custom_function
 def _tanh(x: mx.array) -> mx.array:
     out = mx.zeros(x.shape)
-    _each(lambda x, out: np.tanh(x, out=out), _rows(x), _rows(out))
+    each(lambda x, out: np.tanh(x, out=out), _rows(x), _rows(out))
     return out
 
 
@@ -348,12 +348,12 @@ def _attention(scale: float, mask: Any) -> Any:
         outputs, kept = [], []
         for start, end, seen in blocks(queries, keys):
             scores = stacked(queries, keys.shape[1], start, end) @ keys[:, :, :seen].swapaxes(-1, -2)
-            scores_HxLxM = _view(scores).reshape(batch * heads, end - start, seen)
+            scores_HxLxM = view(scores).reshape(batch * heads, end - start, seen)
             if mask is None or causal:
-                _each(_scaled_softmax(scale, end - start if causal else 0), scores_HxLxM)
+                each(_scaled_softmax(scale, end - start if causal else 0), scores_HxLxM)
             else:
                 part = allowed_BxHxLxM[:, :, start:end].reshape(scores_HxLxM.shape)
-                _each(_masked_softmax(scale), scores_HxLxM, part)
+                each(_masked_softmax(scale), scores_HxLxM, part)
             outputs.append((scores @ values[:, :, :seen]).reshape(batch, heads, end - start, -1))
             kept.append(scores)
         return (outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2), *kept)
@@ -371,10 +371,10 @@ def _attention(scale: float, mask: Any) -> Any:
                 _softmax_slope(probabilities, slope)
                 slope *= scale
 
-            _each(kernel, _rows(probabilities), _rows(slope))
+            each(kernel, _rows(probabilities), _rows(slope))
             d_queries.append((slope @ keys[:, :, :seen]).reshape(*queries.shape[:2], end - start, -1))
-            d_keys[:, :, :seen] += _view(slope.swapaxes(-1, -2) @ stacked(queries, kv_heads, start, end))
-            d_values[:, :, :seen] += _view(probabilities.swapaxes(-1, -2) @ d_block)
+            d_keys[:, :, :seen] += view(slope.swapaxes(-1, -2) @ stacked(queries, kv_heads, start, end))
+            d_values[:, :, :seen] += view(probabilities.swapaxes(-1, -2) @ d_block)
         return mx.concatenate(d_queries, axis=2), mx.array(d_keys), mx.array(d_values)
 
     return attend
@@ -451,7 +451,7 @@ def cross_entropy_with_gradient(logits_NxV: mx.array, targets_N: mx.array) -> tu
         gradient *= (1 / total)[:, None]
         gradient[at] -= 1
 
-    _each(kernel, _view(logits_NxV), _view(targets_N), _view(gradient_NxV), _view(losses_N))
+    each(kernel, view(logits_NxV), view(targets_N), view(gradient_NxV), view(losses_N))
     return losses_N, gradient_NxV
 
 
@@ -467,7 +467,7 @@ def cross_entropy(logits_NxV: mx.array, targets_N: mx.array) -> tuple[mx.array, 
         np.subtract(np.log(shifted.sum(axis=-1)), chosen, out=losses)
         np.equal(best, targets, out=correct)
 
-    _each(kernel, _view(logits_NxV), _view(targets_N), _view(losses_N), _view(correct_N))
+    each(kernel, view(logits_NxV), view(targets_N), view(losses_N), view(correct_N))
     return losses_N, correct_N
 
 

@@ -3,8 +3,9 @@
 The head is the widest matrix of a model, and its logits the largest array of a step. So the head sees the trained
 positions and no others, and in the fused form a chunk of them at a time: logits, losses and the loss's gradient by the
 hidden states are formed in one pass, with one exp a logit and two products with the head, and no chunk's logits
-outlive it. Source: Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training" (arXiv 2410.10989), section
-3.2; Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (arXiv 2411.09009).
+outlive it. On a CPU a head that is one product is taken by parts of the vocabulary instead (head_product.py).
+Source: Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training" (arXiv 2410.10989), section 3.2; Wijmans
+et al., "Cut Your Losses in Large-Vocabulary Language Models" (arXiv 2411.09009).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import mlx.nn as nn
 from stages.lora import kernels
 from stages.lora.batches import Batch
 from stages.lora.frozen import fed
-from stages.lora.head import head_is_trained, head_logits, hidden_at, is_narrowed, logits_at
+from stages.lora.head import head_is_trained, head_logits, head_matrix, hidden_at, is_narrowed, logits_at
+from stages.lora.head_product import head_losses
 
 Loss = Callable[[nn.Module, Batch], mx.array]
 Pair = tuple[mx.array, mx.array]
@@ -45,10 +47,18 @@ def sum_loss(model: nn.Module, batch: Batch) -> mx.array:
     return (token_losses(model, batch) * batch.weights_N).sum()
 
 
-def fused_sum_loss(model: nn.Module, batch: Batch, *, chunk_rows: int | None = None) -> mx.array:
-    """The same of a narrowed model in the fused form; no gradient reaches weights of the head itself."""
+def fused_sum_loss(
+    model: nn.Module, batch: Batch, *, chunk_rows: int | None = None, columns: int | None = None
+) -> mx.array:
+    """The same of a narrowed model in the fused form; no gradient reaches weights of the head itself.
+
+    `chunk_rows` trained positions at a time, or `columns` of the vocabulary where the head is taken by parts.
+    """
     with fed(model, batch.states):
         hidden_NxD = hidden_at(model, batch.inputs_BxL, batch.trained_N)
+    if (matrix_VxD := head_matrix(model)) is not None:
+        by_parts = partial(_by_parts, head_VxD=matrix_VxD, columns=columns)
+        return (_with_gradient(by_parts, hidden_NxD, batch.targets_N) * batch.weights_N).sum()
     rows = chunk_rows or chunk_length(_vocabulary(model, hidden_NxD))
     is_eager = kernels.in_use(model)
     cross_entropy = _cross_entropy_on_cpu if is_eager else _cross_entropy
@@ -78,6 +88,12 @@ def chunk_scores(model: nn.Module, batch: Batch) -> Iterator[Pair]:
 
     Evaluate one before the next is asked for, and no more than a chunk's logits are in memory.
     """
+    if (matrix_VxD := head_matrix(model)) is not None:
+        with fed(model, batch.states):
+            hidden_NxD = hidden_at(model, batch.inputs_BxL, batch.trained_N)
+        found = head_losses(hidden_NxD, matrix_VxD, batch.targets_N, gradient=False)
+        yield found.losses_N, found.likeliest_N == batch.targets_N
+        return
     for logits_nxV, targets_n in _logit_chunks(model, batch):
         if kernels.in_use(model):
             yield kernels.cross_entropy(logits_nxV, targets_n)
@@ -128,8 +144,7 @@ def _fused_losses(
 ) -> mx.array:
     """Losses (N,), their gradient by the hidden states formed with them; `is_eager` where `losses_of` evaluates."""
 
-    @mx.custom_function
-    def losses_and_gradient(hidden_NxD: mx.array, targets_N: mx.array) -> Pair:
+    def in_chunks(hidden_NxD: mx.array, targets_N: mx.array) -> Pair:
         losses: list[mx.array] = []
         gradients: list[mx.array] = []
         for start in range(0, len(hidden_NxD), chunk_rows):
@@ -144,6 +159,22 @@ def _fused_losses(
             losses.append(losses_n)
             gradients.append(gradient_nxD)
         return mx.concatenate(losses), mx.concatenate(gradients)
+
+    return _with_gradient(in_chunks, hidden_NxD, targets_N)
+
+
+def _by_parts(hidden_NxD: mx.array, targets_N: mx.array, *, head_VxD: mx.array, columns: int | None) -> Pair:
+    """Losses (N,) and their gradient by the hidden states (N, D), of a head that is a product."""
+    found = head_losses(hidden_NxD, head_VxD, targets_N, gradient=True, columns=columns)
+    return found.losses_N, cast(mx.array, found.gradient_NxD)
+
+
+def _with_gradient(both: Callable[..., Pair], hidden_NxD: mx.array, targets_N: mx.array) -> mx.array:
+    """Losses (N,) of a function that gives their gradient by the hidden states with them."""
+
+    @mx.custom_function
+    def losses_and_gradient(hidden_NxD: mx.array, targets_N: mx.array) -> Pair:
+        return both(hidden_NxD, targets_N)
 
     @losses_and_gradient.vjp
     def vjp(primals: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]) -> Pair:

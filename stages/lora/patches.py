@@ -2,12 +2,13 @@
 
 There are three patches, and execution.py puts them on in this order, once, as soon as the model is loaded:
 
-1. CPU kernels: modules whose code uses SiLU, softmax, attention and the like see the functions of kernels.py.
+1. CPU kernels: modules whose code uses SiLU, softmax, attention and the like see the functions of kernels.py, and
+   LoRA layers that are there compute as one operation (lora_product.py).
 2. Backbone: embeddings, layers and norm get a detour, by which the head sees chosen positions only (head.py).
 3. Layers: each that gradients pass through forgets its activations and computes them again on the way back.
 
-Each takes the classes that it finds, those of the patch before included. Adapter layers have none of these functions in
-their code, and may be attached before or after.
+Each takes the classes that it finds, those of the patch before included. Adapter layers may be attached before or
+after: after, they are mlx-lm's own.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import activations
 from mlx_lm.models import base as mlx_lm_base
+from mlx_lm.tuner.lora import LoRALinear
 
-from stages.lora import kernels
+from stages.lora import kernels, lora_product
 from stages.lora.head import Detour, backbone_of
 
 
@@ -90,7 +92,9 @@ def unpatch_kernels(model: nn.Module) -> None:
 
 
 def kernel_kind(kind: type) -> type | None:
-    """A subclass whose functions see the replaced names; None if they use none of these."""
+    """A subclass whose functions see the replaced names; None if they use none of these. LoRA's is one operation."""
+    if kind is LoRALinear:
+        return type(kind.__name__, (kind,), {"__call__": _call_adapted, "plain_kind": kind})
     functions: dict[str, Any] = {}
     for parent in reversed(kind.__mro__):
         for name, function in vars(parent).items():
@@ -98,6 +102,10 @@ def kernel_kind(kind: type) -> type | None:
             if isinstance(function, FunctionType) and (names := _replaced_names(function)):
                 functions[name] = _with_globals(function, names)
     return type(kind.__name__, (kind,), functions | {"plain_kind": kind}) if functions else None
+
+
+def _call_adapted(module: Any, x: mx.array) -> mx.array:
+    return lora_product.adapted(module, x) if lora_product.can_run(module) else LoRALinear.__call__(module, x)
 
 
 def _replaced_names(function: FunctionType) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from stages.params import schema
 from stages.scoring.ranks import ALONE, Ranks
 from stages.scoring.score import NOTHING, score_batch
 from stages.tokens.row import TokenRow
+from stages.training import memory
 from stages.training.optimizer import flat_state, learning_rate, make_optimizer, restore_state
 from stages.training.progress import Event, Progress, Report, Snapshot, Sums, Timing, Validation
 from stages.training.step import Step
@@ -84,6 +85,7 @@ class Trainer:
                 "train.keep: best and train.patience need validation rows (train.val_batches, valid split)"
             )
         self._best: dict[str, mx.array] = {}
+        self._cache_limit = memory.cache_limit()
         beta_1, beta_2 = options.betas
         self._optimizer = make_optimizer(
             options.optimizer,
@@ -189,6 +191,7 @@ class Trainer:
         weights = self.ranks.broadcast_arrays(weights)
         self.model.load_weights(list(weights.items()), strict=False)
         mx.eval(weights, self._optimizer.state)
+        memory.trim_cache(self._cache_limit)
         progress.step = step
         done.grad_norm_sum = norm
         progress.total.add(done)

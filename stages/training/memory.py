@@ -12,12 +12,17 @@ from mlx.utils import tree_flatten
 
 from stages.lora import adapter, targets
 from stages.lora.batches import split
+from stages.lora.head import head_matrix
+from stages.lora.head_product import part_length
 from stages.lora.loss import chunk_length
 from stages.model.kinds import LINEAR, SWITCH
 from stages.tokens.row import TokenRow
 
 # MLX allocates up to ten operations ahead of the one that it computes.
 _CHUNK_COPIES = 13
+# Share of a GPU's memory that buffers of earlier batches may hold. A guess, not measured: with rows of many lengths
+# users of mlx-lm saw 51 GiB shrink to 7 when the buffers were let go (mlx-lm#986).
+_CACHE_SHARE = 0.25
 # Arrays an optimizer keeps of each weight: two at most.
 _MOMENTS = 2
 
@@ -67,7 +72,9 @@ def estimate(
     trained = max((sum(masks[part]) for part in parts), default=0)
     vocabulary = _vocabulary(model)
     head = 3 * 4 * trained * vocabulary
-    if fused_loss and vocabulary:
+    if fused_loss and head_matrix(model) is not None:
+        head = min(head, 2 * 4 * part_length(trained) * trained)
+    elif fused_loss and vocabulary:
         head = min(head, _CHUNK_COPIES * 4 * chunk_length(vocabulary) * vocabulary)
 
     first = _first_adapted_layer(model)
@@ -122,6 +129,18 @@ def available_memory() -> int:
         if size:
             return int(size)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def cache_limit() -> int | None:
+    """Bytes of buffers that MLX may keep for later batches; None on a CPU, where it keeps few."""
+    on_gpu = mx.default_device().type == mx.DeviceType.gpu
+    return int(_CACHE_SHARE * available_memory()) if on_gpu else None
+
+
+def trim_cache(limit: int | None) -> None:
+    """Let go of buffers that nothing uses, if they take more than `limit` bytes: between updates."""
+    if limit is not None and mx.get_cache_memory() > limit:
+        mx.clear_cache()
 
 
 def _first_adapted_layer(model: nn.Module) -> int:

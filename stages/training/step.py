@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from stages.lora import adapter
 from stages.lora.batches import Batch
 from stages.lora.frozen import FrozenLayers
+from stages.lora.head import head_matrix
 from stages.lora.loss import Loss, fused_sum_loss, sum_loss, why_not_fused
 from stages.lora.selfcheck import Check, Results, check_batch, compare, notes_of
 from stages.model.load import on_cpu
@@ -60,8 +61,13 @@ def _check_fused(model: nn.Module, rows: Sequence[TokenRow], frozen: FrozenLayer
     if reason := why_not_fused(model):
         return Check(name, reason)
     batch = check_batch(rows, frozen)
-    in_two_chunks = partial(fused_sum_loss, chunk_rows=-(-batch.trained_tokens // 2))
-    plain, fused = (partial(_results, plain_step(model, form), model, batch) for form in (sum_loss, in_two_chunks))
+    matrix_VxD = head_matrix(model)
+    in_two = partial(
+        fused_sum_loss,
+        chunk_rows=-(-batch.trained_tokens // 2),
+        columns=None if matrix_VxD is None else -(-len(matrix_VxD) // 2),
+    )
+    plain, fused = (partial(_results, plain_step(model, form), model, batch) for form in (sum_loss, in_two))
     return compare(model, name, plain, fused)
 
 

@@ -281,4 +281,4 @@ def test_the_check_looks_at_the_last_trained_tokens_of_two_rows() -> None:
     batch = check_batch([long, short, short])
     assert batch.inputs_BxL.shape == (2, 31)
     assert batch.inputs_BxL[0].tolist() == long.input_ids[128:159].tolist()
-    assert batch.targets_N.tolist() == [*long.input_ids[150:160].tolist(), *short.input_ids[-3:].tolist()]
+    assert batch.targets_N.tolist() == [*long.input_ids[156:160].tolist(), *short.input_ids[-3:].tolist()]

@@ -6,14 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
 from stages.lora import adapter
+from stages.lora.execution import narrow_head, use_kernels
 from stages.model.load import load_base
 from stages.tokens.row import TokenRow
 from stages.training import memory
 from tests.support.adapters import config
+from tests.support.rows import token_row
 from tests.support.tiny import write_llama
 
 OPTIONS: dict[str, Any] = {
@@ -116,3 +119,28 @@ def test_weights_beyond_the_memory_are_refused(adapted: Any, rows: list[TokenRow
 
 def test_available_memory_is_this_machines() -> None:
     assert 2**28 < memory.available_memory() < 2**50
+
+
+def test_buffers_over_the_limit_are_let_go() -> None:
+    array = mx.zeros((1 << 20,))
+    mx.eval(array)
+    del array
+    held = mx.get_cache_memory()
+    assert held > 0
+    memory.trim_cache(None)
+    memory.trim_cache(held)
+    assert mx.get_cache_memory() == held
+    memory.trim_cache(held - 1)
+    assert mx.get_cache_memory() == 0
+
+
+def test_a_head_by_parts_takes_megabytes(tiny_llama: Path) -> None:
+    """Whatever the vocabulary."""
+    model, _ = load_base(tiny_llama)
+    rows = [token_row(i, 60, trained=40) for i in range(4)]
+    options: dict[str, Any] = {"batch_size": 4, "batch_tokens": None, "grad_checkpoint": False, "fused_loss": True}
+    model.args.vocab_size = 10**6
+    plain = memory.estimate(model, rows, **options).head
+    use_kernels(model, rows)
+    narrow_head(model)
+    assert memory.estimate(model, rows, **options).head <= 2 * 8 * 2**20 < plain

@@ -101,7 +101,6 @@ def _write_model(folder: Path, shape: dict[str, int]) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.models import llama
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
     config = {
         "model_type": "llama",
@@ -126,6 +125,13 @@ def _write_model(folder: Path, shape: dict[str, int]) -> None:
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of two tokens: the rows are random ids, and no text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
     tokenizer = Tokenizer(models.WordLevel({"<|unknown|>": 0, "<|end|>": 1}, unk_token="<|unknown|>"))  # noqa: S106
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # a text has a token a word
     tokenizer.save(str(folder / "tokenizer.json"))

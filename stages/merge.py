@@ -71,7 +71,7 @@ class _Said:
 
     def __init__(self, parts: Sequence[Part], manifest: Manifest, tokens: Path, settings: schema.Params) -> None:
         from stages.lora.batches import collate
-        from stages.lora.execution import set_up
+        from stages.lora.execution import in_use, set_up
         from stages.merging import combine
         from stages.merging.agreement import log_probabilities
         from stages.model.load import load_base
@@ -99,7 +99,8 @@ class _Said:
             self._base = log_probabilities(model, self._from_states)
             combine.load_sum(model, parts)
             self._adapter = log_probabilities(model, self._from_states)
-            self._checked = model
+            # Of the model itself nothing is kept: its weights would lie beside the merged model's.
+            self._patches = in_use(model)
         if problem := execution.close():
             console.warn(problem)
 
@@ -108,7 +109,6 @@ class _Said:
 
         Where all others are the base's own, byte for byte, the layers below the adapter need not run again.
         """
-        from stages.lora.execution import patch_like
         from stages.merging.agreement import compare, log_probabilities
         from stages.model.load import load_base
 
@@ -117,7 +117,8 @@ class _Said:
         if not is_packed_anew:
             _refuse_changes(self._directory, merged, touched, self._settings)
         model, _ = load_base(merged, dtype=self._settings.model.dtype, trust_remote_code=trust)
-        patch_like(model, self._checked)
+        for patch in self._patches:
+            patch(model)
         batches = self._whole if is_packed_anew else self._from_states
         said = log_probabilities(model, batches)
         return compare(batches, base=self._base, adapter=self._adapter, merged=said)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,12 +69,10 @@ def set_up(
     return Execution(frozen, (*notes_of(checks), *([note] if note else [])))
 
 
-def patch_like(model: nn.Module, checked: nn.Module) -> None:
-    """Patch a model of the kind and float type of another, which passed its checks, as that one is patched."""
-    if kernels.in_use(checked):
-        patches.patch_kernels(model)
-    if is_narrowed(checked):
-        patches.patch_backbone(model)
+def in_use(model: nn.Module) -> tuple[Callable[[nn.Module], None], ...]:
+    """The patches that a model has: each is put on another of its kind and float type by a call, without a check."""
+    found = ((kernels.in_use(model), patches.patch_kernels), (is_narrowed(model), patches.patch_backbone))
+    return tuple(patch for is_there, patch in found if is_there)
 
 
 # --- CPU kernels ---

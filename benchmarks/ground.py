@@ -161,12 +161,18 @@ def write_random(folder: Path, model: Any, config: dict[str, Any]) -> None:
     """A model as it was made, with a tokenizer of two tokens: rows of ids need no more."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder.mkdir()
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of two tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
     tokenizer = Tokenizer(models.WordLevel({"<|unknown|>": 0, "<|end|>": 1}, unk_token="<|unknown|>"))  # noqa: S106
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # a text has a token a word
     tokenizer.save(str(folder / "tokenizer.json"))

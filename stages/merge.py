@@ -99,6 +99,7 @@ class _Said:
             self._base = log_probabilities(model, self._from_states)
             combine.load_sum(model, parts)
             self._adapter = log_probabilities(model, self._from_states)
+            # Of the model itself nothing is kept: its weights would lie beside the merged model's.
             self._patches = patches_of(model)
         if problem := execution.close():
             console.warn(problem)

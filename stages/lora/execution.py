@@ -83,11 +83,12 @@ class Patches:
 
     kernels: bool
     backbone: bool
+    plain_head: bool
 
 
 def patches_of(model: nn.Module) -> Patches:
     """The patches of a model that passed its checks."""
-    return Patches(kernels.in_use(model), is_narrowed(model))
+    return Patches(kernels.in_use(model), is_narrowed(model), getattr(model, "has_plain_head", False))
 
 
 def patch(model: nn.Module, known: Patches) -> None:
@@ -96,7 +97,7 @@ def patch(model: nn.Module, known: Patches) -> None:
         patches.patch_kernels(model)
     if known.backbone:
         patches.patch_backbone(model)
-        model.has_plain_head = getattr(checked, "has_plain_head", False)
+        model.has_plain_head = known.plain_head
 
 
 # --- CPU kernels ---

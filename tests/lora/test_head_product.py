@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from stages.lora import adapter
 from stages.lora.batches import collate
-from stages.lora.execution import narrow_head, patch_like, use_kernels
+from stages.lora.execution import narrow_head, patch, patches_of, use_kernels
 from stages.lora.head import head_matrix
 from stages.lora.head_product import head_losses, part_length
 from stages.lora.loss import chunk_scores, cross_entropy_with_gradient, fused_sum_loss, sum_loss
@@ -113,6 +113,6 @@ def test_a_model_patched_like_another_has_its_product(tiny_llama: Path, rows: li
     first, second = (load_base(tiny_llama)[0] for _ in range(2))
     use_kernels(first, rows)
     narrow_head(first)
-    patch_like(second, first)
+    patch(second, patches_of(first))
     found, wanted = head_matrix(second), head_matrix(first)
     assert found is not None and wanted is not None and mx.array_equal(found, wanted).item()

@@ -167,6 +167,7 @@ def _fingerprint(trainer: Trainer, settings: schema.Params, splits: dict[str, Pa
 
 def _tell_plan(trainer: Trainer, notes: list[str]) -> None:
     """The number of updates, what makes them faster, and the memory that they need."""
+    from stages.model import numerics
     from stages.training import memory
 
     options, ranks = trainer.options, trainer.ranks.size
@@ -178,7 +179,7 @@ def _tell_plan(trainer: Trainer, notes: list[str]) -> None:
     )
     if unit == "rows" and ranks > size:
         console.warn(f"{ranks - size} ranks have no rows; raise train.batch_size to {ranks} or more")
-    for note in notes:
+    for note in filter(None, [*notes, numerics.idle_cores()]):
         console.say(note)
     share: dict[str, Any] = {**trainer.share, "grad_checkpoint": options.grad_checkpoint}
     needed = memory.estimate(trainer.model, trainer.train, **share, fused_loss=trainer.step.is_fused)

@@ -2,7 +2,7 @@
 
 A library that chooses them by the processor gives other last bits on another one. `settle("portable")` fixes them to
 what every x86-64 with AVX2 has, so that all of these give the same bytes, whatever their number of cores;
-`settle("native")` leaves them to the libraries and to the user's environment. macOS and CUDA have nothing to fix.
+`settle("native")` leaves them to the libraries and to the user's environment. Elsewhere nothing is fixed.
 
 Both libraries read their settings from the environment when they are loaded, and never again: so a process is settled
 once, before it imports NumPy or MLX. The first import of `stages.model` does so, by `$LORABUILD_NUMERICS`.
@@ -26,6 +26,8 @@ from stages.model import blas
 
 VARIABLE = "LORABUILD_NUMERICS"
 PORTABLE, NATIVE = "portable", "native"
+# Of OpenBLAS under portable numerics: its kernels add up in another order for another number of threads.
+THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,14 @@ class Fixed:
 
     def environment(self) -> dict[str, str]:
         """The variables that the libraries read."""
-        # One thread: Haswell's kernel adds up in another order for another number of them.
         return {
             "OPENBLAS_CORETYPE": self.kernel,
-            "OPENBLAS_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": str(THREADS),
             "NPY_DISABLE_CPU_FEATURES": self.numpy_off,
         }
 
 
-_FIXED = {
-    "x86_64": Fixed("Haswell", "X86_V4 AVX512_ICL AVX512_SPR", frozenset({"avx2", "fma"})),
-    "aarch64": Fixed("ARMV8", "ASIMDHP ASIMDDP ASIMDFHM SVE", frozenset()),
-}
+_FIXED = {"x86_64": Fixed("Haswell", "X86_V4 AVX512_ICL AVX512_SPR", frozenset({"avx2", "fma"}))}
 # What else steers the two libraries; a value of the user's would count beside the fixed ones.
 _STEERING = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "NPY_DISABLE_CPU_FEATURES", "NPY_ENABLE_CPU_FEATURES")
 _settled: str | None = None
@@ -77,6 +75,7 @@ def settle(choice: str) -> None:
         with _environment(fixed.environment()):
             blas.preload()
             import numpy  # noqa: F401  now, while it finds the variables
+        _set_threads()
         _check(fixed)
     _settled = choice
 
@@ -86,21 +85,30 @@ def settled() -> str | None:
     return _settled
 
 
-def _fixed() -> Fixed:
-    """What is fixed on this machine.
+def _fixed() -> Fixed | None:
+    """What is fixed on this machine; None where nothing is.
 
     Raises:
-        ValueError: nothing can be, or the processor lacks what it takes.
+        ValueError: the processor lacks what it takes.
     """
-    machine = platform.machine()
-    if machine not in _FIXED:
-        raise ValueError(f"portable numerics are not known for {machine}: set model.numerics=native")
-    if missing := _FIXED[machine].needs - processor_flags():
-        named = " and ".join(sorted(missing)).upper().replace(" AND ", " and ")
+    fixed = _FIXED.get(platform.machine())
+    if fixed is not None and (missing := fixed.needs - processor_flags()):
+        named = " and ".join(name.upper() for name in sorted(missing))
         raise ValueError(
             f"portable numerics need a processor with {named}, which this one lacks: set model.numerics=native"
         )
-    return _FIXED[machine]
+    return fixed
+
+
+def idle_cores() -> str | None:
+    """A line for the user of a machine with more cores than portable numerics multiply with."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    if _settled != PORTABLE or openblas().get("threads") != THREADS or cores <= THREADS:
+        return None
+    return (
+        f"model.numerics: portable multiplies matrices with {THREADS} of {cores} cores, for the same bytes everywhere; "
+        "native takes all"
+    )
 
 
 def processor_flags() -> set[str]:
@@ -114,9 +122,10 @@ def processor_flags() -> set[str]:
 def _check(fixed: Fixed) -> None:
     """Warn where a library went its own way: another BLAS, say, or one without the kernel."""
     found = openblas()
-    if blas.loaded() and (found.get("kernel"), found.get("threads")) != (fixed.kernel, 1):
+    if blas.loaded() and (found.get("kernel"), found.get("threads")) != (fixed.kernel, THREADS):
         warnings.warn(
-            f"{blas.loaded()}: not OpenBLAS's {fixed.kernel} kernel with 1 thread, so the bytes are this machine's own",
+            f"{blas.loaded()}: not OpenBLAS's {fixed.kernel} kernel with {THREADS} threads, so the bytes are this "
+            "machine's own",
             stacklevel=3,
         )
 
@@ -155,22 +164,32 @@ def machine() -> dict[str, Any]:
 
 
 def openblas() -> dict[str, Any]:
-    """Version, kernel and threads of the OpenBLAS under MLX; of another library its name; nothing if none was loaded.
+    """Version, kernel and threads of the OpenBLAS under MLX; of another library its name; nothing if there is none."""
+    if (path := blas.loaded()) is None:
+        return {}
+    if _function("openblas_get_corename") is None:
+        return {"version": Path(path).name}
+    core, config = (_function(f"openblas_get_{name}") for name in ("corename", "config"))
+    core.restype = config.restype = ctypes.c_char_p
+    version = " ".join(config().decode().split()[:2])
+    return {"version": version, "kernel": core().decode(), "threads": _function("openblas_get_num_threads")()}
+
+
+def _set_threads() -> None:
+    """Let OpenBLAS have its threads where there are fewer cores: from the environment it takes no more than those."""
+    if (function := _function("openblas_set_num_threads")) is not None:
+        function(THREADS)
+
+
+def _function(name: str) -> Any:
+    """A function of the OpenBLAS under MLX, which SciPy's build calls `scipy_…`; None if there is none.
 
     Source: OpenBLAS's `cblas.h`.
     """
-    path = blas.loaded()
-    if path is None:
-        return {}
+    if (path := blas.loaded()) is None:
+        return None
     library = ctypes.CDLL(path)
-    for prefix in ("scipy_", ""):
-        if hasattr(library, f"{prefix}openblas_get_corename"):
-            core, config = (getattr(library, f"{prefix}openblas_get_{name}") for name in ("corename", "config"))
-            core.restype = config.restype = ctypes.c_char_p
-            version = " ".join(config().decode().split()[:2])
-            threads = getattr(library, f"{prefix}openblas_get_num_threads")()
-            return {"version": version, "kernel": core().decode(), "threads": threads}
-    return {"version": Path(path).name}
+    return getattr(library, f"scipy_{name}", None) or getattr(library, name, None)
 
 
 def describe(found: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from stages.lora import kernels
 from stages.lora.frozen import embedded, fed
 
 Detour = Callable[[Callable[[], mx.array]], mx.array]
@@ -34,7 +35,7 @@ def hidden_at(model: nn.Module, tokens_BxL: mx.array, positions_N: mx.array) -> 
 
     def keep(run: Callable[[], mx.array]) -> mx.array:
         hidden_BxLxD = run()
-        seen.append(_at(hidden_BxLxD, positions_N))
+        seen.append(_at(hidden_BxLxD, positions_N, take=kernels.take if kernels.in_use(model) else mx.take))
         return hidden_BxLxD  # the head's part of the graph is never evaluated
 
     with _on_detour(model, keep):
@@ -124,6 +125,6 @@ def _on_detour(model: nn.Module, detour: Detour) -> Iterator[None]:
         backbone.detour = None
 
 
-def _at(values_BxLxD: mx.array, positions_N: mx.array) -> mx.array:
+def _at(values_BxLxD: mx.array, positions_N: mx.array, *, take: Callable[..., mx.array] = mx.take) -> mx.array:
     """(B, L, D) → (1, N, D)."""
-    return values_BxLxD.reshape(1, -1, values_BxLxD.shape[-1])[:, positions_N]
+    return take(values_BxLxD.reshape(-1, values_BxLxD.shape[-1]), positions_N, axis=0)[None]

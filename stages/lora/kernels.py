@@ -31,7 +31,7 @@ _pool = ThreadPoolExecutor(8, thread_name_prefix="cpu-kernels")
 # Numbers that a kernel works on at a time: a few arrays of as many stay in a core's own cache.
 _CHUNK = 1 << 16
 # Numbers for which another thread is worth waking.
-_SHARE = 1 << 20
+_SHARE = 1 << 18
 # Query rows of attention at a time: under a causal mask, what lies right of them is not computed.
 _QUERY_ROWS = 128
 
@@ -264,6 +264,27 @@ def rope(x: mx.array, dims: int, *, scale: float, **options: Any) -> mx.array:
         return mx.fast.rope(detached(cotangent), dims, scale=-scale, **options)
 
     return cast(mx.array, rotate(x))
+
+
+# --- Rows ---
+
+
+@mx.custom_function
+def _take(x_RxD: mx.array, rows_N: mx.array) -> mx.array:
+    return mx.array(view(x_RxD)[np.array(rows_N, copy=False)])
+
+
+@_take.vjp
+def _take_vjp(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    x_RxD, rows_N = primals
+    d_x_RxD = np.zeros(x_RxD.shape, np.float32)
+    np.add.at(d_x_RxD, np.array(rows_N, copy=False), view(cotangent))
+    return mx.array(d_x_RxD), mx.zeros_like(rows_N)
+
+
+def take(x_RxD: mx.array, rows_N: mx.array, *, axis: int) -> mx.array:
+    """`mx.take` of rows, the gradient of which MLX adds up one number after another."""
+    return cast(mx.array, _take(x_RxD, rows_N)) if axis == 0 and _suits(x_RxD) else mx.take(x_RxD, rows_N, axis=axis)
 
 
 # --- Attention ---

@@ -8,4 +8,4 @@ import os
 
 from stages.model import numerics
 
-numerics.settle(os.environ.get(numerics.VARIABLE) or numerics.NATIVE)
+numerics.settle(os.environ.get(numerics.VARIABLE) or numerics.PORTABLE)

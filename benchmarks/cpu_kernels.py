@@ -145,13 +145,13 @@ def _step(directory: Path, rows: list[TokenRow], repeats: int) -> None:
 
 
 def _last_layers(directory: Path) -> Any:
-    from stages.lora import adapter, lora_config
+    from stages.lora import adapter
+    from stages.lora.lora_config import LoraConfig
     from stages.model.load import load_base
 
     model: Any = load_base(directory, dtype="float32")[0]
-    options: dict[str, Any] = {"type": "lora", "rank": 8, "alpha": 16, "scale": None, "rank_stabilized": False}
-    options |= {"dropout": 0.0, "targets": ["q_proj", "v_proj"], "layers": LAYERS}
-    adapter.attach(model, lora_config.configure(model, **options), seed=0)
+    keys = ("self_attn.q_proj", "self_attn.v_proj")
+    adapter.attach(model, LoraConfig(8, 2.0, 0.0, keys, LAYERS, "lora"), seed=0)
     model.model.layers = model.model.layers[-LAYERS:]
     return model
 

@@ -19,13 +19,11 @@ Answer = Callable[[Prompts, int], int]
 
 def lorabuild(spec: dict[str, Any]) -> Answer:
     from stages.decoding.decode import answer_all, load_decoder
-    from stages.lora.patches import patch_kernels
     from stages.model.load import load_base
 
     model, config = load_base(Path(spec["model"]), dtype="float32")
     decoder = load_decoder(Path(spec["model"]), config)
     decoder._eos_token_ids = set()
-    patch_kernels(model)
 
     def answer(prompts: Prompts, tokens: int) -> int:
         size = len(prompts)

@@ -8,25 +8,24 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from stages.base import store
 from stages.cli import console
-from stages.cli.settings import load_settings
+from stages.cli.settings import settle_to_look
 from stages.cli.versions import describe_difference
-from stages.params.loading import PARAMS_FILE, ParamsError
 
 GB = 1e9
 
 
 def doctor() -> None:
     """Show MLX and its device, BLAS, numerics and speed, compiler, memory, disk, DVC, git, and the base-model store."""
-    with suppress(ParamsError):  # another command's to complain about
-        load_settings(PARAMS_FILE, None)
+    problem = settle_to_look()
     with console.progress("looking around"):
         rows = list(_findings())
     console.table("This machine", ("", "found"), rows, numeric=False)
+    if problem:
+        console.warn(problem)
 
 
 def _findings() -> Iterator[tuple[str, str]]:

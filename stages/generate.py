@@ -57,8 +57,6 @@ def generate(
 
     With --prompt, nothing is written: the answer streams to the terminal.
     """
-    from stages.model.load import require_merged
-
     options = asking.overrides(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -74,6 +72,8 @@ def generate(
     if prompt is None and (options or adapters or base):
         raise ValueError("--adapter, --base and the options of an answer go with --prompt; for files: --set generate.…")
     settings = load_settings(params_file, [*(overrides or ()), *options])
+    from stages.model.load import require_merged
+
     if prompt is not None:
         _ask(prompt, settings, merged=merged, manifest=manifest, base=base, adapters=adapters or ())
         return

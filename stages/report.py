@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 
 from stages.cli import console
-from stages.cli.settings import load_settings
 from stages.cli.versions import read_versions
 from stages.files import outputs
+from stages.params.loading import load_params
 
 
 def report(
@@ -24,7 +24,7 @@ def report(
     overrides: console.Overrides = None,
 ) -> None:
     """Write one page: scores with intervals, curves, answers side by side, the rows' ledger, hashes of all files."""
-    settings = load_settings(params_file, overrides)
+    settings = load_params(params_file, overrides or ())
     from stages.reporting.inputs import Project, read_run
     from stages.reporting.page import page
 

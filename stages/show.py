@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from stages.cli import console
-from stages.cli.settings import load_settings
+from stages.cli.settings import settle_to_look
 from stages.files.outputs import read_json
-from stages.params.loading import PARAMS_FILE, ParamsError
 
 _REMEDY = "make it with: dvc repro"
 
@@ -21,8 +19,7 @@ def show(
     report: Annotated[Path, typer.Option(help="The page that report wrote.")] = Path("artifacts/report/index.html"),
 ) -> None:
     """Print what evaluate found, base model beside adapter: tables, then the sentence with its 95% interval."""
-    with suppress(ParamsError):  # numbers can be shown without any
-        load_settings(PARAMS_FILE, None)
+    settle_to_look()
     from stages.results import summary
 
     numbers = read_json(details, _REMEDY)

@@ -10,13 +10,14 @@ import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import typer
 
 from stages.base.manifest import locate, read_manifest
 from stages.cli import console
+from stages.cli.settings import load_settings
 from stages.files import outputs
-from stages.params.loading import load_params
 
 Scores = dict[tuple[str, str], tuple[float, float | None]]  # (task, metric) → value, standard error
 
@@ -36,10 +37,10 @@ def tasks(
     overrides: console.Overrides = None,
 ) -> None:
     """Score base and merged model on public tasks, each score with its standard error."""
+    settings = load_settings(params_file, overrides)
     from stages.model.load import require_merged
 
     evaluator = _library()
-    settings = load_params(params_file, overrides or ())
     folders = {"base": locate(read_manifest(base_file)), "merged": require_merged(merged)}
     manager = _manager(include, names)
     options = {"num_fewshot": shots, "limit": limit, "batch_size": batch_size, "task_manager": manager}
@@ -100,8 +101,8 @@ def _model(folder: Path, settings: Any) -> Any:
         model, config = load_base(folder, dtype=settings.model.dtype, trust_remote_code=trust)
         tokenizer = load_decoder(folder, config, trust_remote_code=trust)
     # The evaluator would load the model itself, in its file's own type.
-    evaluate.load = lambda *_, **__: (model, tokenizer)
-    return evaluate.MLXLM(str(folder))
+    with patch.object(evaluate, "load", lambda *_, **__: (model, tokenizer)):
+        return evaluate.MLXLM(str(folder))
 
 
 def _scores(results: Mapping[str, Any]) -> Scores:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stages import __main__ as commands
-from tests.support.imports import MODULES, ROOT, rooms_imported, third_party
+from tests.support.imports import MODULES, NUMERICAL, ROOT, rooms_imported, third_party
 
 # From the top down: a room imports from rooms below it alone.
 ORDER = (
@@ -16,9 +16,6 @@ ORDER = (
     "adapters", "lora", "model", "encoding", "prompting", "questions", "tokens", "templating", "corpus", "prepared",
     "schemas", "readers", "sources", "base", "tables", "files", "params",
 )  # fmt: skip
-NUMERICAL = {
-    "model", "lora", "measuring", "scoring", "training", "merging", "decoding", "adapters", "formats", "serving",
-}  # fmt: skip
 TEXT = {
     "readers", "schemas", "prepared", "corpus", "templating", "encoding", "tokens", "files", "base", "prompting",
     "questions", "reporting", "results", "tables",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from stages.params.loading import load_params
+from stages.params.loading import PARAMS_FILE, ParamsError, load_params
 from stages.params.schema import Params
 
 _VARIABLE = "LORABUILD_NUMERICS"
@@ -32,3 +32,18 @@ def load_settings(path: Path, overrides: Sequence[str] | None) -> Params:
             os.environ[_VARIABLE] = before
     numerics.settle(settings.model.numerics)
     return settings
+
+
+def settle_to_look() -> str | None:
+    """Settle by params.yaml where that can be, and natively elsewhere, for a command that keeps nothing it computes.
+
+    Returns why its numerics cannot be had here, if so.
+    """
+    try:
+        load_settings(PARAMS_FILE, None)
+    except ParamsError:  # another command's to complain about
+        return None
+    except ValueError as error:
+        os.environ[_VARIABLE] = "native"
+        return str(error)
+    return None

@@ -10,7 +10,8 @@ norm `m`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,6 +154,20 @@ def put(model: nn.Module, saved: Saved) -> list[str]:
     names = attach(model, saved.config, seed=0)
     _load_weights(model, saved)
     return names
+
+
+@contextmanager
+def stirred(model: nn.Module) -> Iterator[None]:
+    """Small random values in place of each B for a while: at first it is zero, and a check would see no adapter."""
+    found = [module for module in model.modules() if "lora_b" in module]
+    before = [module.lora_b for module in found]
+    for i, module in enumerate(found):
+        module.lora_b = 0.02 * mx.random.normal(module.lora_b.shape, module.lora_b.dtype, key=mx.random.key(i))
+    try:
+        yield
+    finally:
+        for module, lora_b in zip(found, before, strict=True):
+            module.lora_b = lora_b
 
 
 def take_off(model: nn.Module) -> Layers:

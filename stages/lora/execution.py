@@ -16,10 +16,11 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from stages.lora import kernels, patches
+from stages.lora.adapter import stirred
 from stages.lora.batches import collate
 from stages.lora.frozen import FrozenLayers, States, embedded, fed
 from stages.lora.frozen_cache import open_frozen
-from stages.lora.head import backbone_of, head_logits, hidden_at, is_narrowed, is_plain_head, logits_at
+from stages.lora.head import backbone_of, head_logits, hidden_at, is_narrowed, logits_at, plain_head_rows
 from stages.lora.selfcheck import Check, Results, compare, notes_of
 from stages.lora.targets import frozen_layers
 from stages.params import schema
@@ -83,12 +84,12 @@ class Patches:
 
     kernels: bool
     backbone: bool
-    plain_head: bool
+    plain_head_rows: int
 
 
 def patches_of(model: nn.Module) -> Patches:
     """The patches of a model that passed its checks."""
-    return Patches(kernels.in_use(model), is_narrowed(model), getattr(model, "has_plain_head", False))
+    return Patches(kernels.in_use(model), is_narrowed(model), getattr(model, "plain_head_rows", 0))
 
 
 def patch(model: nn.Module, known: Patches) -> None:
@@ -97,7 +98,7 @@ def patch(model: nn.Module, known: Patches) -> None:
         patches.patch_kernels(model)
     if known.backbone:
         patches.patch_backbone(model)
-        model.has_plain_head = known.plain_head
+        model.plain_head_rows = known.plain_head_rows
 
 
 # --- CPU kernels ---
@@ -122,7 +123,8 @@ def use_kernels(model: nn.Module, rows: Sequence[TokenRow], *, frozen: int = 0) 
         patches.patch_kernels(model)
         return _logits_and_gradient(model, tokens_BxL, skipped)
 
-    check = compare(model, name, lambda: _logits_and_gradient(model, tokens_BxL, skipped), with_kernels)
+    with stirred(model):
+        check = compare(model, name, lambda: _logits_and_gradient(model, tokens_BxL, skipped), with_kernels)
     if not check.passed:
         patches.unpatch_kernels(model)
     return check
@@ -141,7 +143,7 @@ def _skipped(model: nn.Module, frozen: int, tokens_BxL: mx.array) -> States | No
 def _logits_and_gradient(model: nn.Module, tokens_BxL: mx.array, skipped: States | None) -> Results:
     """Logits at a few positions spread over all tokens, and the gradient of a loss on them by all that is trainable.
 
-    Every token enters them, for the last position sees its whole row.
+    The last of them sees its whole row.
     """
     positions_N = mx.array(np.linspace(0, tokens_BxL.size - 1, _KERNEL_POSITIONS).astype(np.int32))
 
@@ -214,5 +216,5 @@ def narrow_head(model: nn.Module, *, frozen: int = 0) -> Check:
     if not check.passed:
         patches.unpatch_backbone(model)
     else:
-        model.has_plain_head = kernels.in_use(model) and is_plain_head(model)
+        model.plain_head_rows = plain_head_rows(model) if kernels.in_use(model) else 0
     return check

@@ -64,15 +64,17 @@ def head_matrix(model: nn.Module) -> mx.array | None:
 
     That they are no more was found at the start (see execution.py), of models that use the CPU kernels alone.
     """
-    module = _head_module(model) if getattr(model, "has_plain_head", False) else None
-    return None if module is None else module.weight
+    rows = getattr(model, "plain_head_rows", 0)
+    module = _head_module(model) if rows else None
+    # An adapter on the head may have come since then, and another table be the largest that is left.
+    return module.weight if module is not None and len(module.weight) == rows else None
 
 
-def is_plain_head(model: nn.Module) -> bool:
-    """True if a narrowed model's logits are the product of its head's matrix, of small hidden states and large ones."""
+def plain_head_rows(model: nn.Module) -> int:
+    """The rows V of the head's matrix, if a narrowed model's logits are no more than its product; 0 if they are."""
     module = _head_module(model)
     if module is None:
-        return False
+        return 0
     matrix_VxD = module.weight
     # Large ones find a cap, small ones a term that is added.
     scales_2x1 = np.array([[0.1], [100.0]], np.float32)
@@ -80,9 +82,9 @@ def is_plain_head(model: nn.Module) -> bool:
     hidden_2xD = hidden_2xD.astype(matrix_VxD.dtype)
     found_2xV, wanted_2xV = hidden_2xD @ matrix_VxD.T, head_logits(model, hidden_2xD)
     if found_2xV.shape != wanted_2xV.shape:
-        return False
+        return 0
     off_2 = mx.abs(found_2xV - wanted_2xV).max(axis=-1) / mx.abs(wanted_2xV).max(axis=-1)
-    return bool((off_2 < _PRODUCT_TOLERANCE).all())
+    return len(matrix_VxD) if (off_2 < _PRODUCT_TOLERANCE).all().item() else 0
 
 
 def _head_module(model: nn.Module) -> Any:

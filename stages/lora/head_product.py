@@ -41,30 +41,36 @@ def head_losses(
     hidden_NxD = kernels.detached(hidden_NxD)
     positions, columns = len(hidden_NxD), columns or part_length(len(hidden_NxD))
     top_N, total_N = np.full(positions, -np.inf, np.float32), np.zeros(positions, np.float32)
-    likeliest_N = np.zeros(positions, np.int32)
+    likeliest_N, at_target_N = np.zeros(positions, np.int32), np.zeros(positions, np.float32)
     mean_NxD = np.zeros(hidden_NxD.shape, np.float32)  # of the head's rows, weighted by exp(logit - top)
     for first in range(0, len(head_VxD), columns):
         head_vxD = head_VxD[first : first + columns]
         logits_Nxv = hidden_NxD @ head_vxD.T
         shrink_N = np.empty(positions, np.float32)
-        kernels.each(_take_in(first), kernels.view(logits_Nxv), top_N, total_N, likeliest_N, shrink_N)
+        kernels.each(
+            _take_in(first),
+            *(kernels.view(logits_Nxv), kernels.view(targets_N), top_N, total_N, likeliest_N, at_target_N, shrink_N),
+        )
         if gradient:
             mean_NxD *= shrink_N[:, None]
             mean_NxD += kernels.view(logits_Nxv @ head_vxD)
-    at_target_NxD = kernels.view(head_VxD[targets_N])
-    losses_N = np.log(total_N) + top_N - np.einsum("nd,nd->n", kernels.view(hidden_NxD), at_target_NxD)
+    losses_N = np.log(total_N) - (at_target_N - top_N)
     if gradient:
         mean_NxD /= total_N[:, None]
-        mean_NxD -= at_target_NxD
+        mean_NxD -= kernels.view(head_VxD[targets_N])
     return HeadLosses(mx.array(losses_N), mx.array(likeliest_N), mx.array(mean_NxD) if gradient else None)
 
 
 def _take_in(first: int) -> Any:
     """The kernel of a part that begins at token `first`: its logits become exp(logit - top)."""
 
-    def kernel(logits: Any, top: Any, total: Any, likeliest: Any, shrink: Any) -> None:
-        best = logits.argmax(axis=-1)
-        here = logits[np.arange(len(logits)), best]
+    def kernel(logits: Any, targets: Any, top: Any, total: Any, likeliest: Any, at_target: Any, shrink: Any) -> None:
+        rows, best = np.arange(len(logits)), logits.argmax(axis=-1)
+        here = logits[rows, best]
+        # Of the same product as all others: where it is the largest, the loss is what is left of their sum.
+        column = targets.astype(np.int64) - first
+        is_here = (column >= 0) & (column < logits.shape[-1])
+        at_target[is_here] = logits[rows[is_here], column[is_here]]
         np.copyto(likeliest, first + best, where=here > top, casting="same_kind")
         higher = np.maximum(top, here)
         np.exp(top - higher, out=shrink)

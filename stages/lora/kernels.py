@@ -64,7 +64,7 @@ def each(kernel: Callable[..., None], *arrays: Any) -> None:
     parts = max(1, min(threads, count, count * width // _SHARE))
 
     def work(first: int, end: int) -> None:
-        with np.errstate(over="ignore", under="ignore"):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             for start in range(first, end, step):
                 kernel(*(array[start : min(start + step, end)] for array in arrays))
 

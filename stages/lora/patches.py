@@ -14,7 +14,8 @@ after: after, they are mlx-lm's own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -167,14 +168,29 @@ def patch_layers(layers: Sequence[nn.Module]) -> None:
             layer.__class__ = type(kind.__name__, (kind,), {"__call__": _recomputing(kind), "recomputes": True})
 
 
+@contextmanager
+def _drawing_from(key: mx.array) -> Iterator[None]:
+    """Let MLX's random numbers begin at this key, for a while."""
+    state: Any = mx.random.state
+    after = mx.array(state[0])
+    state[0][:] = key
+    try:
+        yield
+    finally:
+        state[0][:] = after
+
+
 def _recomputing(kind: Any) -> Any:
     plain = kind.__call__
 
     def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        def inner(trainable: Any, *args: Any, **kwargs: Any) -> Any:
+        def inner(trainable: Any, key: mx.array, *args: Any, **kwargs: Any) -> Any:
             layer.update(trainable)
-            return plain(layer, *args, **kwargs)
+            with _drawing_from(mx.stop_gradient(key)):
+                return plain(layer, *args, **kwargs)
 
-        return mx.checkpoint(inner)(layer.trainable_parameters(), *args, **kwargs)
+        # A key of the layer's own, or dropout would drop others when the layer is computed again.
+        key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
+        return mx.checkpoint(inner)(layer.trainable_parameters(), key, *args, **kwargs)
 
     return call

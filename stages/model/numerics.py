@@ -35,7 +35,8 @@ class Fixed:
     """What portable numerics are on one kind of machine."""
 
     kernel: str  # OpenBLAS's name for it
-    numpy_off: str  # NumPy's names of what only some of these machines have
+    numpy_on: frozenset[str]  # NumPy's names of what all of these machines have
+    numpy_off: str  # and of what only some have
     needs: frozenset[str]  # flags of /proc/cpuinfo
 
     def environment(self) -> dict[str, str]:
@@ -47,7 +48,7 @@ class Fixed:
         }
 
 
-_FIXED = {"x86_64": Fixed("Haswell", "X86_V4 AVX512_ICL AVX512_SPR", frozenset({"avx2", "fma"}))}
+_FIXED = {"x86_64": Fixed("Haswell", frozenset({"X86_V3"}), "X86_V4 AVX512_ICL AVX512_SPR", frozenset({"avx2", "fma"}))}
 # What else steers the two libraries; a value of the user's would count beside the fixed ones.
 _STEERING = ("OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS", "NPY_DISABLE_CPU_FEATURES", "NPY_ENABLE_CPU_FEATURES")
 _settled: str | None = None
@@ -121,6 +122,12 @@ def processor_flags() -> set[str]:
 
 def _check(fixed: Fixed) -> None:
     """Warn where a library went its own way: another BLAS, say, or one without the kernel."""
+    if others := set(_dispatched()) - fixed.numpy_on:
+        warnings.warn(
+            f"NumPy uses {', '.join(sorted(others))}, which only some processors have, so the bytes are this machine's "
+            "own; install the NumPy of constraints.txt",
+            stacklevel=3,
+        )
     found = openblas()
     if blas.loaded() and (found.get("kernel"), found.get("threads")) != (fixed.kernel, THREADS):
         warnings.warn(
@@ -201,7 +208,8 @@ def describe(found: Mapping[str, Any]) -> str:
         counted = [f"{threads} thread{'s' if threads != 1 else ''}"] if threads else []
         parts.append(", ".join([" ".join([found["blas_version"], *kernel]), *counted]))
     parts.append(" ".join(["NumPy", str(found.get("numpy")), *found.get("vector_code", [])]))
-    return "; ".join([*parts, f"MLX {found.get('mlx')}"])
+    rest = [str(found[name]) for name in ("c_library", "processor", "device") if name in found]
+    return "; ".join([*parts, f"MLX {found.get('mlx')}", *rest])
 
 
 def _dispatched(without: list[str] | None = None) -> list[str]:

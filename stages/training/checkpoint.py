@@ -13,14 +13,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 
 from stages.files.hashes import digest_of, sha256
-from stages.files.outputs import replacing
+from stages.files.outputs import replacing, write_json
 from stages.lora import code
 from stages.lora.arrays import write_arrays
 from stages.model import numerics
@@ -44,13 +44,14 @@ def fingerprint(ranks: Ranks = ALONE, **parts: Any) -> str:
         ValueError: another rank's is not the same.
     """
     parts |= code.fingerprint("stages.train")
-    ranks.check_equal(parts | {"numerics": (rounding := _rounding())})
+    ranks.check_equal(parts | {"numerics": (rounds := rounding())})
     # Sums round differently in another number of parts.
     run = digest_of(parts | ({"ranks": ranks.size} if ranks.size > 1 else {}))
-    return run[:_RUN] + digest_of(rounding)[:8]
+    return run[:_RUN] + digest_of(rounds)[:8]
 
 
-def _rounding() -> dict[str, Any]:
+def rounding() -> dict[str, Any]:
+    """What rounds the results of this process, its device included."""
     return {"device": str(mx.default_device())} | numerics.machine()
 
 
@@ -80,14 +81,15 @@ class Checkpoints:
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
-            (self.folder / _NUMERICS).write_text(json.dumps(_rounding()), encoding="utf-8")
+            write_json(self.folder / _NUMERICS, rounding())
             yield
 
     def elsewhere(self) -> dict[str, Any] | None:
         """What rounded a snapshot of this very run that other numerics made, if there is one: it is not taken up."""
         for folder in sorted(self.folder.parent.glob(f"{self.folder.name[:_RUN]}*")):
-            if folder != self.folder and any(folder.glob("step-*")) and (folder / _NUMERICS).exists():
-                return cast(dict[str, Any], json.loads((folder / _NUMERICS).read_text(encoding="utf-8")))
+            if folder != self.folder and any(folder.glob("step-*")):
+                with suppress(OSError, ValueError):  # its process may be clearing it away
+                    return cast(dict[str, Any], json.loads((folder / _NUMERICS).read_text(encoding="utf-8")))
         return None
 
     def save(self, snapshot: Snapshot) -> None:

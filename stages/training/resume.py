@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 from stages.model import numerics
 from stages.scoring.ranks import Ranks
-from stages.training.checkpoint import BusyError, Checkpoints
+from stages.training.checkpoint import BusyError, Checkpoints, rounding
 from stages.training.loop import Trainer
 from stages.training.progress import Event
 
@@ -71,7 +71,7 @@ def _take_up(trainer: Trainer, checkpoints: Checkpoints, tell: Tell) -> None:
     elif other := checkpoints.elsewhere():
         tell(
             f"beginning anew: a checkpoint of this run was made with {numerics.describe(other)}, here computes "
-            f"{numerics.describe(numerics.in_use())}; to go on from it, use its machine or its model.numerics"
+            f"{numerics.describe(rounding())}; to go on from it, use its machine or its model.numerics"
         )
 
 

@@ -68,7 +68,8 @@ def _check_fused(model: nn.Module, rows: Sequence[TokenRow], frozen: FrozenLayer
         columns=None if matrix_VxD is None else -(-len(matrix_VxD) // 2),
     )
     plain, fused = (partial(_results, plain_step(model, form), model, batch) for form in (sum_loss, in_two))
-    return compare(model, name, plain, fused)
+    with adapter.stirred(model):
+        return compare(model, name, plain, fused)
 
 
 def _check_compiled(

@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.lora import LoRAEmbedding
 
 from stages.lora import adapter
 from stages.lora.batches import collate
@@ -51,6 +52,18 @@ def test_logits_that_would_overflow_do_not(order: int) -> None:
     found = head_losses(hidden, head, mx.array([1]), gradient=True, columns=1)
     assert found.losses_N.tolist() == [200.0]
     assert found.gradient_NxD is not None and found.gradient_NxD.tolist() == [[200.0]]
+
+
+def test_the_loss_of_a_token_that_is_almost_sure_is_not_rounded_away() -> None:
+    rng = np.random.default_rng(1)
+    head = rng.standard_normal((3000, 64)).astype(np.float32)
+    hidden = (0.4 * head[:5]).astype(np.float32)
+    exact = hidden.astype(np.float64) @ head.T.astype(np.float64)
+    exact -= exact[np.arange(5), np.arange(5), None]
+    found = head_losses(mx.array(hidden), mx.array(head), mx.arange(5), gradient=False, columns=700).losses_N
+    wanted = np.log1p(np.exp(exact).sum(axis=-1) - 1)
+    assert wanted.max() < 0.01 and np.array(found).min() >= 0
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=5e-7)
 
 
 def test_a_part_is_a_few_megabytes_whatever_the_vocabulary() -> None:
@@ -106,6 +119,15 @@ def test_an_adapted_head_is_no_product(model: Any) -> None:
     table = model.model.embed_tokens
     assert head_matrix(model) is not None
     model.lm_head = nn.Linear(table.weight.shape[1], table.weight.shape[0], bias=True)
+    assert head_matrix(model) is None
+
+
+def test_an_adapter_that_comes_after_the_check_leaves_no_other_table_in_its_place(model: Any) -> None:
+    use_kernels(model, [token_row(0, 9, trained=3), token_row(1, 9, trained=3)])
+    narrow_head(model)
+    table = model.model.embed_tokens
+    model.model.positions = nn.Embedding(7, table.weight.shape[1])
+    model.model.embed_tokens = LoRAEmbedding.from_base(table)
     assert head_matrix(model) is None
 
 

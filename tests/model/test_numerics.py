@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from stages.model import blas, numerics
-from tests.support.imports import ROOT
+from tests.support.imports import MODULES, NUMERICAL, ROOT
 
 pytestmark = pytest.mark.skipif(
     not blas.is_needed() or platform.machine() != "x86_64", reason="this MLX is not the CPU build for Linux on x86-64"
@@ -142,6 +143,25 @@ def test_no_command_imports_numpy_before_it_reads_the_parameters() -> None:
     code = "import sys, stages.__main__; print({'numpy', 'mlx.core', 'stages.model'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if len(path.parts) == 2], ids=str)
+def test_no_command_imports_the_model_before_it_is_settled(path: Path) -> None:
+    for function in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if not isinstance(function, ast.FunctionDef) or function.name != path.stem:
+            continue
+        names = {
+            node.func.id: node.lineno
+            for node in ast.walk(function)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        settled = min(names.get(name, 10**6) for name in ("load_settings", "settle_to_look"))
+        rooms = {
+            node.module.split(".")[1]: node.lineno
+            for node in ast.walk(function)
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("stages.")
+        }
+        assert {room for room, line in rooms.items() if room in NUMERICAL and line < settled} == set()
 
 
 @pytest.mark.parametrize("choice", ["portable", "native"])

@@ -9,6 +9,11 @@ from stages.lora import code
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(path.relative_to(ROOT) for path in (ROOT / "stages").rglob("*.py"))
 
+# The rooms that compute with MLX.
+NUMERICAL = {
+    "model", "lora", "measuring", "scoring", "training", "merging", "decoding", "adapters", "formats", "serving",
+}  # fmt: skip
+
 
 def third_party(path: Path) -> set[str]:
     """Top-level names that a file imports from other projects, also those for types alone."""

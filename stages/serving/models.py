@@ -76,10 +76,12 @@ class Models:
         """Load one more adapter; the model stays what it is.
 
         Raises:
-            ValueError: it does not fit the model, was trained on another one, or the model is no base.
+            ValueError: the name is taken, it does not fit the model, was trained on another one, or the model is no base.
         """
         if self.names[0] == MERGED:
             raise ValueError("an adapter goes onto the base model, and this is the merged one; start with --base")
+        if name in self.names:
+            raise ValueError(f"{directory}: the name {name} is taken; give another, as NAME={directory}")
         if self._base is not None and find.kind_of(directory) == "mlx":
             adapter_files.check_base(directory, self._base)
         worn = adapter.take_off(self._first.model)

@@ -49,6 +49,13 @@ def test_each_name_is_the_model_that_it_says(models_folder: Path, models: Models
         assert np.array_equal(np.array(models.model(TOKENS)), loaded(models_folder, name)), name
 
 
+def test_a_second_adapter_of_the_same_name_is_refused(models_folder: Path, models: Models) -> None:
+    with pytest.raises(ValueError, match=r"two: the name one is taken; give another, as NAME=.*two"):
+        models.add("one", models_folder / "two")
+    models.switch("one")
+    assert np.array_equal(np.array(models.model(TOKENS)), loaded(models_folder, "one"))
+
+
 @pytest.mark.parametrize("to", ["peft", "npz"])
 def test_an_adapter_of_another_format_answers_as_its_own(models_folder: Path, models: Models, to: str) -> None:
     base = Base(model=load_base(models_folder / "base")[0])

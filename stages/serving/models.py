@@ -76,7 +76,7 @@ class Models:
         """Load one more adapter; the model stays what it is.
 
         Raises:
-            ValueError: the name is taken, it does not fit the model, was trained on another one, or the model is no base.
+            ValueError: the name is taken, the model is no base, or the adapter does not fit it or is of another one.
         """
         if self.names[0] == MERGED:
             raise ValueError("an adapter goes onto the base model, and this is the merged one; start with --base")

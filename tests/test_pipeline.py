@@ -267,7 +267,7 @@ def test_the_final_learning_rate_is_where_a_schedule_ends(project: Path) -> None
 def test_the_best_adapter_is_kept_and_its_step_told(project: Path) -> None:
     run(fetch, prepare, tokenize)
     options = [
-        "train.learning_rate=10.0",
+        "train.learning_rate=100.0",
         "train.schedule=constant",
         "train.iters=30",
         "train.steps_per_eval=2",

@@ -157,6 +157,20 @@ def write_start(folder: Path, lora: dict[str, Any]) -> None:
     adapter.save(folder / "start", model, config)
 
 
+def llama_config(**sizes: Any) -> dict[str, Any]:
+    """The config.json of a Llama with these sizes and a tied head; in float32 unless `torch_dtype` says otherwise."""
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "eos_token_id": 1,
+        "torch_dtype": "float32",
+    } | sizes
+
+
 def write_random(folder: Path, model: Any, config: dict[str, Any]) -> None:
     """A model as it was made, with a tokenizer of two tokens: rows of ids need no more."""
     import mlx.core as mx

@@ -101,23 +101,15 @@ def _write_model(folder: Path, shape: dict[str, int]) -> None:
     import mlx.core as mx
     from mlx_lm.models import llama
 
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": WIDTH,
-        "intermediate_size": INNER,
-        "num_hidden_layers": shape["frozen"] + ADAPTED,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KEYS,
-        "head_dim": HEAD_SIZE,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "max_position_embeddings": 2048,
-        "vocab_size": shape["vocabulary"],
-        "tie_word_embeddings": True,
-        "eos_token_id": 1,
-        "torch_dtype": "float32",
-    }
+    config = ground.llama_config(
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=shape["frozen"] + ADAPTED,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEYS,
+        head_dim=HEAD_SIZE,
+        vocab_size=shape["vocabulary"],
+    )
     mx.random.seed(0)
     ground.write_random(folder, llama.Model(llama.ModelArgs.from_dict(config)), config)
 

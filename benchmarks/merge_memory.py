@@ -85,23 +85,16 @@ def _write_model(folder: Path, *, gb: float, dtype: str) -> int:
     layer = sum(rows * columns for rows, columns in _SHAPES.values()) * _BYTES[dtype]
     layers = max(ADAPTED + 1, round((gb * GB - VOCABULARY * WIDTH * _BYTES[dtype]) / layer))
     folder.mkdir()
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": WIDTH,
-        "intermediate_size": INNER,
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KEYS,
-        "head_dim": HEAD_SIZE,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "max_position_embeddings": 2048,
-        "vocab_size": VOCABULARY,
-        "tie_word_embeddings": True,
-        "eos_token_id": 1,
-        "torch_dtype": dtype,
-    }
+    config = ground.llama_config(
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEYS,
+        head_dim=HEAD_SIZE,
+        vocab_size=VOCABULARY,
+        torch_dtype=dtype,
+    )
     (folder / "config.json").write_text(json.dumps(config))
     ground.write_tokenizer(folder)
 
